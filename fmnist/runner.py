@@ -1,0 +1,367 @@
+"""The story of a run, read top to bottom: refuse what can't work, train by the plan, journal, hand over, wait.
+
+Nothing here computes and nothing here knows MLflow: the journal is carried there by another process.
+"""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from fmnist import __version__, checkpoint, data
+from fmnist import engine as engines
+from fmnist import spec as specs
+from fmnist.errors import Diverged, Interrupted, RunFailed, SpecError, StoreError
+from fmnist.journal import Journal, StateFolder, now_ms
+
+COLLAPSED_LOSS, COLLAPSED_ACCURACY = 2.29, 0.12
+"""Chance level over ten classes is ln 10 = 2.303 and 0.1."""
+PREFLIGHT_TIMEOUT_S = 5
+CARRIER_SILENCE_S = 60
+"""How long a carrier may report an error, or be gone, before the command stops waiting for it."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What there is to show after a segment."""
+
+    step: int
+    steps: int
+    epoch: float
+    elapsed_s: float
+    train_loss: float | None
+    train_accuracy: float | None
+    val_loss: float | None
+    val_accuracy: float | None
+
+
+@dataclass
+class Outcome:
+    """How a run ended; what `fmnist run --json` prints."""
+
+    key: str
+    name: str
+    status: str = "RUNNING"
+    steps: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    weights: str = "final"
+    collapsed_at: int | None = None
+    stopped_early_at: int | None = None
+    training_s: float = 0.0
+    total_s: float = 0.0
+    run_id: str | None = None
+    experiment_id: str | None = None
+    unsynced: str | None = None
+    """Why the run isn't in MLflow yet; None when it is."""
+
+
+def run(resolved: specs.Resolved, root: Path, sync: bool, say: Callable[[str], None], watch: Callable[[Progress], None]) -> Outcome:
+    """Train an experiment and see it into MLflow (not with `sync` false); raises UserError before anything is written.
+
+    Raises RunFailed where training broke off and Interrupted after SIGINT or SIGTERM, both once what was trained is stored.
+    """
+    began = time.monotonic()
+    spec = resolved.spec
+    _preflight(root, sync)
+    try:
+        device = engines.device(spec.compute)
+    except ValueError as error:
+        raise SpecError(str(error)) from None
+    dataset = data.load(spec.data, root, device, say)
+    engine = engines.Engine(spec, dataset)
+    try:
+        journal = Journal.create(root, spec, resolved.display_name, _environment(root, device), carry=sync)
+    except OSError as error:
+        raise StoreError(f"{root / 'mlruns'}: can't be written: {error.strerror or error}; mend that or set FMNIST_HOME to another folder") from None
+    outcome = Outcome(journal.folder.name, resolved.display_name)
+    carrier = _start_carrier(root) if sync else None
+    error: Exception | None = None
+    with _signals() as caught:
+        try:
+            _Run(spec, engine, dataset, journal, outcome, watch, caught).train()
+        except Exception as reason:  # whatever broke, the record says so before the process ends
+            error = reason
+            outcome.status = "KILLED" if isinstance(reason, Interrupted) else "FAILED"
+            with contextlib.suppress(OSError):  # a full disk can't take even this; the missing end tells the same
+                journal.event("end", status=outcome.status, reason=f"{type(reason).__name__}: {reason}")
+    if sync:
+        _wait_for_carrier(root, journal.folder, carrier, outcome, say)
+    else:
+        outcome.unsynced = "--no-sync was given"
+    journal.release()
+    outcome.total_s = time.monotonic() - began
+    if error is not None:
+        error.__dict__["outcome"] = outcome
+        raise error if isinstance(error, (Interrupted, RunFailed)) else RunFailed(f"{type(error).__name__}: {error}") from error
+    return outcome
+
+
+class _Run:
+    """One run's training: the plan walked segment by segment."""
+
+    def __init__(
+        self,
+        spec: specs.ExperimentSpec,
+        engine: engines.Engine,
+        dataset: data.Dataset,
+        journal: Journal,
+        outcome: Outcome,
+        watch: Callable[[Progress], None],
+        caught: list[int],
+    ) -> None:
+        self.spec, self.engine, self.dataset, self.journal = spec, engine, dataset, journal
+        self.outcome, self.watch, self.caught = outcome, watch, caught
+        self.evaluations: list[tuple[int, float, float]] = []  # step, loss, accuracy
+        self.interval: list[engines.Curves] = []  # since the last evaluation
+        self.latest: engines.Evaluation
+        self.best_state: dict[str, Any] | None = None
+        self.last_curves: engines.Curves | None = None
+
+    def train(self) -> None:
+        for segment in specs.plan(self.spec):
+            if segment.stop > segment.start:
+                self._steps(segment)
+            if segment.evaluate:
+                self._evaluate()
+            self._show()
+            if self.caught:
+                raise Interrupted(f"interrupted at step {self.engine.step} of {self.spec.steps}", self.caught[0])
+            if segment.evaluate and self._patience_is_over():
+                self.outcome.stopped_early_at = self.engine.step
+                break
+        self._finish()
+
+    def _steps(self, segment: specs.Segment) -> None:
+        started, clock = now_ms(), time.monotonic()
+        curves = self.engine.train(segment.stop)
+        self.outcome.training_s += time.monotonic() - clock
+        bad = np.flatnonzero(~np.isfinite(curves.loss))
+        kept = bad[0] + 1 if len(bad) else len(curves.loss)
+        arrays = {"loss": curves.loss[:kept], "accuracy": curves.accuracy[:kept], "lr": curves.lr[:kept]}
+        self.journal.train(segment.start + 1, arrays, started, now_ms(), self.outcome.training_s)
+        self.outcome.steps = segment.start + kept
+        if len(bad):
+            raise Diverged(
+                f"the training loss is {curves.loss[bad[0]]} at step {self.outcome.steps}, the first that isn't finite; try a smaller optimizer.lr"
+            )
+        self.interval.append(curves)
+        self.last_curves = curves
+
+    def _evaluate(self) -> None:
+        self.latest = self.engine.evaluate(self.dataset.validation)
+        step, curves = self.engine.step, self.last_curves
+        self.journal.event(
+            "evaluation",
+            step=step,
+            epoch=step / self.spec.steps_per_epoch,
+            **{"val/loss": self.latest.loss, "val/accuracy": self.latest.accuracy, "train/lr": None if curves is None else float(curves.lr[-1])},
+        )
+        if self.spec.train.early_stopping and (not self.evaluations or self._improves()):
+            self.best_state = self.engine.state()
+        self.evaluations.append((step, self.latest.loss, self.latest.accuracy))
+        self._look_for_collapse(step)
+        self.interval = []
+
+    def _look_for_collapse(self, step: int) -> None:
+        steps = sum(len(curves.loss) for curves in self.interval)
+        if self.outcome.collapsed_at is not None or steps == 0 or step - steps < self.spec.steps_per_epoch:
+            return
+        loss = np.concatenate([curves.loss for curves in self.interval]).mean()
+        accuracy = np.concatenate([curves.accuracy for curves in self.interval]).mean()
+        if loss >= COLLAPSED_LOSS and accuracy <= COLLAPSED_ACCURACY:
+            self.outcome.collapsed_at = step
+
+    def _improves(self) -> bool:
+        """Whether the newest evaluation beats all before it by early stopping's measure."""
+        stopping = self.spec.train.early_stopping
+        assert stopping is not None
+        if stopping.metric == "loss":
+            return self.latest.loss < min(loss for _, loss, _ in self.evaluations) - stopping.min_delta
+        return self.latest.accuracy > max(accuracy for *_, accuracy in self.evaluations) + stopping.min_delta
+
+    def _patience_is_over(self) -> bool:
+        stopping = self.spec.train.early_stopping
+        if stopping is None or self.best_state is None:
+            return False
+        since = sum(step > self.best_state["step"] for step, *_ in self.evaluations)
+        return since >= stopping.patience
+
+    def _best(self) -> tuple[int, float, float]:
+        """The evaluation that early stopping would restore; without it, the earliest of the highest accuracy."""
+        if self.best_state is not None:
+            return next(evaluation for evaluation in self.evaluations if evaluation[0] == self.best_state["step"])
+        return max(self.evaluations, key=lambda evaluation: evaluation[2])
+
+    def _finish(self) -> None:
+        if self.best_state is not None and self.best_state["step"] != self.engine.step:
+            self.engine.load_state(self.best_state)
+            self.latest = self.engine.evaluate(self.dataset.validation)
+            self.outcome.weights = "best"
+        step, loss, accuracy = self._best()
+        metrics = {"best/step": step, "best/val_loss": loss, "best/val_accuracy": accuracy}
+        metrics |= {"last/val_loss": self.latest.loss, "last/val_accuracy": self.latest.accuracy}
+        predictions = {"val": (self.dataset.validation, self.latest)}
+        if self.dataset.test is not None:
+            test = self.engine.evaluate(self.dataset.test)
+            metrics |= {"test/loss": test.loss, "test/accuracy": test.accuracy}
+            predictions["test"] = (self.dataset.test, test)
+        self.outcome.metrics = metrics
+        arrays = {f"{split}_index": images.index for split, (images, _) in predictions.items()}
+        arrays |= {f"{split}_labels": images.labels.cpu().numpy() for split, (images, _) in predictions.items()}
+        arrays |= {f"{split}_logits": evaluation.logits for split, (_, evaluation) in predictions.items()}
+        np.savez(self.journal.folder / "predictions.npz", allow_pickle=False, **arrays)
+        checkpoint.save(self.journal.folder / "checkpoint.pt", self.spec, self.engine.state())
+        told = {"weights": self.outcome.weights, "collapsed_at": self.outcome.collapsed_at, "stopped_early_at": self.outcome.stopped_early_at}
+        self.journal.event("final", metrics=metrics, training_s=self.outcome.training_s, **told)
+        self.journal.event("end", status="FINISHED", reason=None)
+        self.outcome.status = "FINISHED"
+
+    def _show(self) -> None:
+        curves = self.last_curves
+        self.watch(
+            Progress(
+                step=self.engine.step,
+                steps=self.spec.steps,
+                epoch=self.engine.step / self.spec.steps_per_epoch,
+                elapsed_s=self.outcome.training_s,
+                train_loss=None if curves is None else float(curves.loss[-200:].mean()),
+                train_accuracy=None if curves is None else float(curves.accuracy[-200:].mean()),
+                val_loss=self.evaluations[-1][1] if self.evaluations else None,
+                val_accuracy=self.evaluations[-1][2] if self.evaluations else None,
+            )
+        )
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The SIGINTs and SIGTERMs that came: they end the current segment, not the process."""
+    caught: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        if len(caught) > 1:  # who asks twice doesn't want to wait, neither for the segment nor for the store
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---- before the run
+
+
+def _preflight(root: Path, sync: bool) -> None:
+    """Refuse a tracker that can't be reached now; what fails later is an outage, and training goes on."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not sync or not uri.startswith(("http://", "https://")):
+        return
+    parts = urllib.parse.urlsplit(uri)
+    shown = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    try:
+        urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=PREFLIGHT_TIMEOUT_S).close()
+    except urllib.error.HTTPError:
+        pass  # it is there and speaks HTTP; a proxy may hide /health
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"no MLflow server answers at {shown} ({error}); start it, unset MLFLOW_TRACKING_URI for the local store, or give --no-sync"
+        ) from None
+
+
+def _environment(root: Path, device: torch.device) -> dict[str, Any]:
+    """What could make the same spec give other numbers elsewhere."""
+    packages = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name}
+    return {
+        "fmnist": __version__,
+        "command": shlex.join(sys.argv),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "data_digest": data.DIGEST,
+        **_git(root),
+        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    return platform.processor()
+
+
+def _git(root: Path) -> dict[str, Any]:
+    """The commit of the working tree and how it differs from it; empty outside a repository."""
+
+    def git(*arguments: str) -> str | None:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            result = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True)
+            return result.stdout
+        return None
+
+    commit = git("rev-parse", "HEAD")
+    status = git("status", "--porcelain")
+    if commit is None or status is None:
+        return {"git_commit": None, "git_dirty": None, "git_diff": None}
+    return {"git_commit": commit.strip(), "git_dirty": bool(status), "git_diff": git("diff", "HEAD") if status else ""}
+
+
+# ---- after the run
+
+
+def _start_carrier(root: Path) -> "subprocess.Popen[bytes]":
+    """Start the store's sidecar; where one is at work already, this one sees that and exits.
+
+    A session of its own, so that Ctrl-C reaches the trainer only; its words go to mlruns/sidecar.log.
+    """
+    with open(root / "mlruns" / "sidecar.log", "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "fmnist.sidecar", str(root)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def _wait_for_carrier(root: Path, folder: Path, carrier: "subprocess.Popen[bytes] | None", outcome: Outcome, say: Callable[[str], None]) -> None:
+    """Wait until the run is closed in MLflow; a carrier that is gone is started again, one that keeps failing is told of."""
+    state = StateFolder(folder, {})
+    quiet_since, last = time.monotonic(), None
+    try:
+        while True:
+            note = state.carried
+            outcome.run_id, outcome.experiment_id = note.get("run_id"), note.get("experiment_id")
+            if note.get("closed"):
+                outcome.unsynced = None
+                outcome.status = note["closed"]
+                return
+            if note.get("offset") != last:
+                quiet_since, last = time.monotonic(), note.get("offset")
+            if time.monotonic() - quiet_since > CARRIER_SILENCE_S:
+                outcome.unsynced = note.get("error") or f"nothing was carried over for {CARRIER_SILENCE_S} s; see mlruns/sidecar.log"
+                return
+            if carrier is not None and carrier.poll() is not None:
+                carrier = _start_carrier(root)
+                time.sleep(1)
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        outcome.unsynced = "interrupted while it was being stored; it goes on in the background"
+
+

@@ -1,0 +1,552 @@
+"""An experiment as a frozen, checked value: the fields, how a YAML file becomes one, its fingerprint and its plan.
+
+Pure: no torch, no MLflow, nothing written; loading takes milliseconds and every mistake is found here, before any work starts.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fmnist.errors import SpecError
+
+TRAIN_IMAGES = 60_000
+TEST_IMAGES = 10_000
+CLASSES = 10
+PIXELS = 28 * 28
+SEGMENT_STEPS = 1_000
+"""The most steps between two things that the host does: it bounds the delay of Ctrl-C and of the live curves to about a second."""
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+YAML_1_1_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
+MAX_FILE_BYTES = 100_000
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Data(Section):
+    holdout: Annotated[int, Field(ge=CLASSES, le=TRAIN_IMAGES - CLASSES)] | None = None
+    """Training images held out for validation, stratified by class; null validates on the 10,000 test images, as the notebook does."""
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the held-out choice; the same for every run seed, so that all runs are validated on the same images."""
+    normalization: Literal["unit", "standard"] = "unit"
+    """unit: pixels / 255; standard: that minus the mean and over the standard deviation of the training images."""
+
+
+class MLP(Section):
+    type: Literal["mlp"] = "mlp"
+    hidden: tuple[Annotated[int, Field(ge=1, le=16_384)], ...] = Field((300, 100), max_length=16, strict=False)
+    """Units of each hidden layer, input side first."""
+    activation: Literal["relu", "tanh", "sigmoid"] = "relu"
+
+
+class Update(Section):
+    lr: Annotated[float, Field(gt=0, le=1_000)] = 1e-3
+    """Learning rate: the peak that the schedule starts from or climbs to."""
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
+
+
+class SGD(Update):
+    type: Literal["sgd"] = "sgd"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    nesterov: bool = False
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> "SGD":
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0: set optimizer.momentum, or nesterov: false")
+        return self
+
+
+class Adaptive(Update):
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field((0.9, 0.999), strict=False)
+    """Decay of the running means of the gradient and of its square, per step."""
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+
+
+class Adam(Adaptive):
+    """Adam; weight_decay is added to the gradient (L2)."""
+
+    type: Literal["adam"] = "adam"
+
+
+class AdamW(Adaptive):
+    """Adam; weight_decay shrinks the weights directly."""
+
+    type: Literal["adamw"] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.01
+
+
+class Schedule(Section):
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate climbs linearly to optimizer.lr; the schedule proper runs over the steps that follow."""
+
+
+class Constant(Schedule):
+    type: Literal["constant"] = "constant"
+
+
+class Step(Schedule):
+    type: Literal["step"] = "step"
+    every_epochs: Annotated[int, Field(ge=1)] = 10
+    """Epochs between two drops."""
+    factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """What the learning rate is multiplied by at each drop."""
+
+
+class Cosine(Schedule):
+    type: Literal["cosine"] = "cosine"
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The learning rate after the last step, as a fraction of optimizer.lr."""
+
+
+class Linear(Schedule):
+    type: Literal["linear"] = "linear"
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The learning rate after the last step, as a fraction of optimizer.lr."""
+
+
+class OneCycle(Schedule):
+    type: Literal["one_cycle"] = "one_cycle"
+    rise: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Fraction of the steps spent climbing to optimizer.lr."""
+    initial_divisor: Annotated[float, Field(ge=1)] = 25.0
+    """The first learning rate is optimizer.lr divided by this."""
+    final_divisor: Annotated[float, Field(ge=1)] = 1e4
+    """The last learning rate is the first one divided by this."""
+
+
+class EarlyStopping(Section):
+    metric: Literal["loss", "accuracy"] = "loss"
+    """Validation metric that has to improve; the weights of its best evaluation are restored."""
+    patience: Annotated[int, Field(ge=1)] = 5
+    """Evaluations without improvement before the run stops."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """The least change that counts as an improvement."""
+
+
+class Train(Section):
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = 20
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    eval_every: Annotated[int, Field(ge=1)] = 1_000
+    """Steps between two evaluations; there is one before the first step and one after the last too."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the initial weights and of the order of the batches."""
+    loss: Literal["cross_entropy"] = "cross_entropy"
+    early_stopping: EarlyStopping | None = None
+
+
+class Tracking(Section):
+    experiment: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "fashion-mnist"
+    """The MLflow experiment that the run is filed under."""
+    log_every: Annotated[int, Field(ge=1)] = 1
+    """Steps between two training points in MLflow; curves.parquet always has every step."""
+
+
+class Compute(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a CUDA device where there is one."""
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+    """CPU threads of the trainer; for matrices this small one is the fastest."""
+
+
+class ExperimentSpec(Section):
+    name: Annotated[str, Field(max_length=64)]
+    """The file's name, unless given."""
+    question: str = ""
+    """What the run is to answer."""
+    data: Data = Data()
+    model: MLP = MLP()
+    """Add a model by making this a union of sections told apart by `type`, as optimizer is."""
+    optimizer: Annotated[SGD | Adam | AdamW, Field(discriminator="type")] = SGD()
+    schedule: Annotated[Constant | Step | Cosine | Linear | OneCycle, Field(discriminator="type")] = Constant()
+    train: Train = Train()
+    tracking: Tracking = Tracking()
+    compute: Compute = Compute()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "ExperimentSpec":
+        check_name(self.name)
+        if self.train.batch_size > self.train_images:
+            raise ValueError(f"train.batch_size: {self.train.batch_size} is more than the {self.train_images} images trained on; give at most that")
+        if self.schedule.warmup_steps >= self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps: {self.schedule.warmup_steps} leaves nothing of the run's {self.steps} steps; give fewer, or more epochs"
+            )
+        return self
+
+    @property
+    def train_images(self) -> int:
+        return TRAIN_IMAGES - (self.data.holdout or 0)
+
+    @property
+    def validation_images(self) -> int:
+        return self.data.holdout or TEST_IMAGES
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.train_images / self.train.batch_size)
+
+    @property
+    def steps(self) -> int:
+        return self.train.epochs * self.steps_per_epoch
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what defines the run: the fields off their defaults, less name, question, tracking and compute."""
+        return _digest(self._definition())
+
+    @property
+    def group(self) -> str:
+        """The fingerprint without the seed: runs that share it differ by chance alone."""
+        definition = self._definition()
+        definition.get("train", {}).pop("seed", None)
+        return _digest(definition)
+
+    def _definition(self) -> dict[str, Any]:
+        sections = {"data", "model", "optimizer", "schedule", "train"}
+        changed = self.model_dump(mode="json", include=sections, exclude_defaults=True)
+        for section in ("model", "optimizer", "schedule"):
+            changed.setdefault(section, {})["type"] = getattr(self, section).type
+        return {section: fields for section, fields in changed.items() if fields}
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted path to value, for every field."""
+        return dict(_leaves(self.model_dump(mode="json")))
+
+    def logged_steps(self, last: int | None = None) -> range:
+        """The steps up to `last` whose training loss and accuracy go to MLflow."""
+        return range(self.tracking.log_every, (self.steps if last is None else last) + 1, self.tracking.log_every)
+
+
+def check_name(name: str) -> str:
+    """Return an experiment's name, or raise SpecError where it could be a path or a YAML word."""
+    if not NAME.fullmatch(name) or name in YAML_1_1_WORDS or ".." in name:
+        raise SpecError(
+            f"experiment name: given {name!r}; allowed are a to z, 0 to 9 and . _ - (at most 64, a letter or digit first, no path separators,"
+            " none of the YAML words yes, no, on, off, true, false, null)"
+        )
+    return name
+
+
+def _digest(definition: Mapping[str, Any]) -> str:
+    canonical = json.dumps(definition, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+# ---- the plan of a run
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Training steps start + 1 to stop, then an evaluation or none."""
+
+    start: int
+    stop: int
+    evaluate: bool
+
+
+def plan(spec: ExperimentSpec) -> list[Segment]:
+    """Every step of the run once, cut where it is evaluated and at least each SEGMENT_STEPS; the first segment evaluates at step 0."""
+    evaluations = {*range(0, spec.steps, spec.train.eval_every), spec.steps}
+    cuts = sorted(evaluations | set(range(0, spec.steps, SEGMENT_STEPS)))
+    return [Segment(0, 0, True)] + [Segment(start, stop, stop in evaluations) for start, stop in zip(cuts, cuts[1:], strict=False)]
+
+
+# ---- from YAML to a spec
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value was written: a file and its line, or the override as it was typed."""
+
+    place: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.place if self.line is None else f"{self.place}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A spec and, for each dotted path that was written down, where."""
+
+    spec: ExperimentSpec
+    origins: Mapping[str, Origin]
+    overridden: tuple[str, ...]
+
+    @property
+    def display_name(self) -> str:
+        """The spec's name, each overridden leaf, and the seed where it isn't the file's own: 'baseline lr=0.01 s3'."""
+        flat = self.spec.flat()
+        changes = [f"{path.rpartition('.')[2]}={flat.get(path)}" for path in self.overridden if path not in ("train.seed", "name", "question")]
+        seed = [f"s{self.spec.train.seed}"] if "train.seed" in self.overridden else []
+        return " ".join([self.spec.name, *changes, *seed])
+
+
+def home() -> Path:
+    """The folder that holds experiments/, data/, mlruns/ and reports/: FMNIST_HOME, else the one above this package."""
+    given = os.environ.get("FMNIST_HOME")
+    return Path(given).resolve() if given else Path(__file__).resolve().parent.parent
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.stem for path in (root / "experiments").glob("*.yaml"))
+
+
+def load(name: str, overrides: Sequence[str] = (), root: Path | None = None) -> Resolved:
+    """Resolve an experiment: defaults, then its `extends` parents, its file, the overrides ('optimizer.lr=0.01').
+
+    Raises SpecError with a line for each mistake: place, key path, what was given, what is allowed.
+    """
+    root = root or home()
+    layers = [*_file_layers(check_name(name), root / "experiments", ()), _override_layer(overrides)]
+    tree: dict[str, Any] = {"name": name, **{section: {"type": _variants(section)[0]} for section in UNIONS}}
+    origins: dict[str, Origin] = {}
+    for values, places in layers:
+        _merge(tree, values, origins, places)
+    overridden = tuple(path for path, _ in _leaves(layers[-1][0]))
+    fallback = Origin(f"experiments/{name}.yaml")
+    return Resolved(_validate(tree, origins, fallback), origins, overridden)
+
+
+def parse(text: str, place: str) -> ExperimentSpec:
+    """A spec that stands alone in `text`, such as a run's stored spec.yaml; raises SpecError."""
+    values, places = _read_yaml(text, place)
+    return _validate(values, places, Origin(place))
+
+
+def dump(spec: ExperimentSpec) -> str:
+    """The complete spec as YAML; `parse` gives it back."""
+    # JSON is YAML, but a file that people read deserves blocks; the values are numbers, names and short lists.
+    lines = []
+    for section, value in spec.model_dump(mode="json").items():
+        if isinstance(value, Mapping):
+            lines.append(f"{section}:")
+            lines += [f"  {key}: {json.dumps(field, ensure_ascii=False)}" for key, field in value.items()]
+        else:
+            lines.append(f"{section}: {json.dumps(value, ensure_ascii=False)}")
+    return "\n".join(lines) + "\n"
+
+
+Layer = tuple[dict[str, Any], dict[str, Origin]]
+
+
+def _file_layers(name: str, folder: Path, children: tuple[str, ...]) -> list[Layer]:
+    """The layers of a file and its parents, furthest parent first."""
+    if name in children:
+        chain = " -> ".join((*children[children.index(name) :], name))
+        raise SpecError(f"experiments/{children[-1]}.yaml: extends: {chain} is a cycle; an experiment can't extend itself")
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = names(folder.parent)
+        where = f"experiments/{children[-1]}.yaml: extends: " if children else ""
+        raise SpecError(f"{where}unknown experiment {name!r}{_nearest(name, known)}; there are: {', '.join(known) or f'none in {folder}'}")
+    place = f"experiments/{path.name}"
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise SpecError(f"{place}: {path.stat().st_size} bytes; an experiment has at most {MAX_FILE_BYTES}")
+        values, origins = _read_yaml(path.read_text(encoding="utf-8"), place)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{place}: can't be read: {error}") from None
+    parent = values.pop("extends", None)
+    if parent is None:
+        return [(values, origins)]
+    if not isinstance(parent, str):
+        raise SpecError(f"{origins['extends']}: extends: given {parent!r}; the name of one experiment is needed")
+    inherited = _file_layers(check_name(parent), folder, (*children, name))
+    for parent_values, _ in inherited:  # these two speak of one file only
+        parent_values.pop("name", None)
+        parent_values.pop("question", None)
+    return [*inherited, (values, origins)]
+
+
+def _override_layer(overrides: Sequence[str]) -> Layer:
+    values: dict[str, Any] = {}
+    origins: dict[str, Origin] = {}
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise SpecError(f"--set {override}: write key.path=value, as in optimizer.lr=0.01")
+        place = f"--set {override}"
+        value = _read_yaml(f"value: {text}", place)[0].get("value")
+        branch: dict[str, Any] = {keys[-1]: value}
+        for key in reversed(keys[:-1]):
+            branch = {key: branch}
+        prefixes = (".".join(keys[: depth + 1]) for depth in range(len(keys)))
+        _merge(values, branch, origins, dict.fromkeys(prefixes, Origin(place)))
+    return values, origins
+
+
+def _merge(into: dict[str, Any], layer: Mapping[str, Any], origins: dict[str, Origin], places: Mapping[str, Origin], path: str = "") -> None:
+    """Lay `layer` over `into`: mappings merge, all else is replaced; a section of another `type` starts from that type's defaults."""
+    for key, value in layer.items():
+        here = f"{path}{key}"
+        below = into.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            if value.get("type", below.get("type")) != below.get("type"):
+                below = {}
+            into[key] = dict(below)
+            _merge(into[key], value, origins, places, f"{here}.")
+        elif isinstance(value, Mapping):
+            into[key] = {}
+            _merge(into[key], value, origins, places, f"{here}.")
+        else:
+            into[key] = value
+        if here in places:
+            origins[here] = places[here]
+
+
+def _read_yaml(text: str, place: str) -> Layer:
+    """Plain values and the place of each key path; YAML 1.2, so 1e-3 is a number and duplicate keys are an error."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.comments import CommentedMap
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    try:
+        root = YAML(typ="rt").load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark is not None and not place.startswith("--set") else ""
+        problem = (error.problem or str(error)).splitlines()[0]
+        raise SpecError(f"{place}{line}: not readable as YAML: {problem}") from None
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise SpecError(f"{place}: not readable as YAML: {str(error).splitlines()[0]}") from None
+    if root is None:
+        return {}, {}
+    if not isinstance(root, CommentedMap):
+        raise SpecError(f"{place}: given {type(root).__name__}; an experiment is a mapping of sections, as in experiments/baseline.yaml")
+    origins: dict[str, Origin] = {}
+
+    def plain(node: Any, path: str, depth: int = 0) -> Any:
+        if depth > 8:
+            raise SpecError(f"{place}: {path[:60]}: nested more than 8 deep; a spec has at most 3 levels")
+        if isinstance(node, CommentedMap):
+            for key in node:
+                origins[f"{path}{key}"] = Origin(place, None if place.startswith("--set") else node.lc.key(key)[0] + 1)
+            return {str(key): plain(value, f"{path}{key}.", depth + 1) for key, value in node.items()}
+        if isinstance(node, list):
+            return [plain(item, path, depth + 1) for item in node]
+        for kind in (bool, int, float, str):  # the loader's own subclasses remember how a number was written
+            if isinstance(node, kind):
+                return kind(node)
+        return node
+
+    return plain(root, ""), origins
+
+
+# ---- messages
+
+
+UNIONS = ("model", "optimizer", "schedule")
+
+
+def _variants(section: str) -> list[str]:
+    """The allowed values of a section's `type`, the default first."""
+    annotation = ExperimentSpec.model_fields[section].annotation
+    return [variant.model_fields["type"].default for variant in get_args(annotation) or (annotation,)]
+
+
+def _validate(tree: Mapping[str, Any], origins: Mapping[str, Origin], fallback: Origin) -> ExperimentSpec:
+    try:
+        return ExperimentSpec.model_validate(tree)
+    except ValidationError as error:
+        lines = (_describe(detail, tree, origins, fallback) for detail in error.errors(include_url=False))
+        raise SpecError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _describe(detail: Any, tree: Mapping[str, Any], origins: Mapping[str, Origin], fallback: Origin) -> str:
+    """One line for one of Pydantic's errors."""
+    section, *rest = [str(part) for part in detail["loc"]] or [""]
+    if section in UNIONS and rest and rest[0] in _variants(section):
+        rest = rest[1:]  # the union's tag is not a key that anyone wrote
+    path = ".".join([section, *rest])
+    kind, context = detail["type"], detail.get("ctx", {})
+    message = str(context.get("error", detail["msg"])) if kind == "value_error" else detail["msg"]
+    if kind == "value_error":
+        named = re.match(r"[a-z_]+\.[a-z_]+(?=:)", message)
+        place = _place(named[0] if named else path, origins, fallback)
+        return f"{place}: {message}" if named or not path else f"{place}: {path}: {message}"
+    place = _place(path, origins, fallback)
+    if kind == "extra_forbidden":
+        allowed = _keys_at([section, *rest[:-1]] if rest else [], tree)
+        return f"{place}: {path}: unknown key{_nearest(path.rpartition('.')[2], allowed)}; allowed here: {', '.join(allowed)}"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        tag = tree[section].get("type")
+        place = _place(f"{path}.type", origins, fallback)
+        return f"{place}: {path}.type: given {tag!r}{_nearest(str(tag), _variants(section))}; allowed: {', '.join(_variants(section))}"
+    expected = message.removeprefix("Input should ").replace("be a valid tuple", "be a list")
+    hint = _nearest(str(detail["input"]), re.findall(r"'([^']+)'", message)) if kind == "literal_error" else ""
+    return f"{place}: {path}: given {_short(detail['input'])}{hint}; it should {expected}"
+
+
+def _place(path: str, origins: Mapping[str, Origin], fallback: Origin) -> Origin:
+    while path and path not in origins:
+        path = path.rpartition(".")[0]
+    return origins.get(path, fallback)
+
+
+def _keys_at(keys: Sequence[str], tree: Mapping[str, Any]) -> list[str]:
+    """The fields allowed in the section that `keys` lead to."""
+    model: type[BaseModel] = ExperimentSpec
+    values: Any = tree
+    for key in keys:
+        values = values.get(key) if isinstance(values, Mapping) else None
+        annotation = model.model_fields[key].annotation
+        sections = [part for part in get_args(annotation) or (annotation,) if isinstance(part, type) and issubclass(part, BaseModel)]
+        tag = values.get("type") if isinstance(values, Mapping) else None
+        model = next((part for part in sections if "type" in part.model_fields and part.model_fields["type"].default == tag), sections[0])
+    return [*(["extends"] if not keys else []), *model.model_fields]
+
+
+def _nearest(given: str, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, allowed, n=3, cutoff=0.6)
+    return f", did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# ---- the schema that editors use
+
+
+def file_schema() -> dict[str, Any]:
+    """JSON Schema of an experiment file: every field optional, since a file states only what differs from its parent."""
+    schema = ExperimentSpec.model_json_schema()
+
+    def loosen(node: Any) -> Any:
+        if isinstance(node, list):
+            return [loosen(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        node = {key: loosen(value) for key, value in node.items() if key not in ("required", "discriminator")}
+        if "oneOf" in node:  # without its type a fragment may fit several variants
+            node["anyOf"] = node.pop("oneOf")
+        return node
+
+    schema = loosen(schema)
+    schema["title"] = "fmnist experiment"
+    extends = {"type": "string", "title": "Extends", "description": "Name of the experiment whose values this file starts from."}
+    schema["properties"] = {"extends": extends, **schema["properties"]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

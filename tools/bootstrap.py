@@ -1,0 +1,79 @@
+"""Build .venv from requirements.lock, whole or not at all; standard library only, since it runs before anything is installed.
+
+Two of these at once are safe: the second waits for the lock, then finds the work done. One that is cut short
+leaves no stamp, so the next one starts afresh.
+"""
+
+import fcntl
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+STAMP = VENV / "stamp"
+INPUTS = ("requirements.lock", "pyproject.toml")
+OLDEST, NEWEST = (3, 11), (3, 13)
+NEEDED_GB = 8  # 6 GB stay; pip unpacks a wheel beside its download
+
+
+def stop(message):
+    sys.exit("fmnist set-up: " + message)
+
+
+def fingerprint():
+    """What the environment depends on: the pins, the interpreter, and where it stands (a venv can't be moved)."""
+    digest = hashlib.sha256(repr((sys.version_info[:3], sys.base_prefix, str(ROOT))).encode())
+    for name in INPUTS:
+        digest.update((ROOT / name).read_bytes())
+    return digest.hexdigest()
+
+
+def is_whole(expected):
+    return STAMP.is_file() and STAMP.read_text() == expected
+
+
+def build(expected):
+    if VENV.exists():
+        shutil.rmtree(VENV)
+    free_gb = shutil.disk_usage(ROOT).free / 1e9
+    if free_gb < NEEDED_GB:
+        stop("%.1f GB are free in %s, about %d GB are needed: free some space and run the same command again" % (free_gb, ROOT, NEEDED_GB))
+    print("Building .venv from requirements.lock (once; some 6 GB, a few minutes) ...", flush=True)
+    python = str(VENV / "bin" / "python")
+    pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+    steps = (
+        [sys.executable, "-m", "venv", str(VENV)],
+        pip + ["--require-hashes", "-r", str(ROOT / "requirements.lock")],
+        # The lock holds the build backend, so nothing is fetched here and nothing is resolved.
+        pip + ["--no-deps", "--no-build-isolation", "--editable", str(ROOT)],
+    )
+    for command in steps:
+        if subprocess.call(command) != 0:
+            stop("'%s' failed (its message is above); nothing half-built will be used: mend it and run the same command again" % " ".join(command[1:4]))
+    partial = STAMP.with_name("stamp.partial")
+    partial.write_text(expected)
+    partial.rename(STAMP)
+
+
+def main():
+    if not OLDEST <= sys.version_info[:2] <= NEWEST:
+        stop(
+            "Python %d.%d is not supported, only 3.11, 3.12 and 3.13: name one, as in `make PYTHON=python3.12 ...`" % sys.version_info[:2]
+        )
+    expected = fingerprint()
+    if is_whole(expected):
+        return
+    with open(ROOT / ".venv.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not is_whole(expected):
+            build(expected)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        stop("interrupted; run the same command again")
