@@ -242,3 +242,8 @@ def _stratified(labels: np.ndarray, holdout: int, seed: int) -> tuple[np.ndarray
 
     kept, held_out = train_test_split(np.arange(len(labels)), test_size=holdout, random_state=seed, stratify=labels)
     return np.sort(kept), np.sort(held_out)
+
+
+def raw_images(root: Path, n: int) -> np.ndarray:
+    """The first n test images as they come, uint8 [n, 28, 28]."""
+    return _read(root, "t10k")[0][:n].reshape(n, 28, 28).copy()

@@ -15,7 +15,9 @@ for `train` the arrays it names. A torn or damaged record ends what can be read.
 """
 
 import contextlib
+import errno
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -65,11 +67,28 @@ class Point:
     step: int
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a living process holds this lock file."""
+    try:
+        with open(path) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+
+
 # ---- writing
 
 
 def state_folder(root: Path) -> Path:
     return root / "mlruns" / "state"
+
+
+def carrier_lock(root: Path) -> Path:
+    """Held by the one process that carries this root's journals into MLflow."""
+    return root / "mlruns" / ".sidecar.lock"
 
 
 class Journal:
@@ -92,12 +111,16 @@ class Journal:
         os.write(lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         (partial / "spec.yaml").write_text(specs.dump(spec), encoding="utf-8")
         (partial / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
-        for attempt in range(1, 1000):  # the same spec may be started several times within a second
+        for attempt in itertools.count(1):  # the same spec may be started several times within a second
             unique = key if attempt == 1 else f"{key}-{attempt}"
             run = {"key": unique, "name": display_name, "started_ms": started, "carry": carry}
             (partial / "run.json").write_text(json.dumps(run), encoding="utf-8")
-            with contextlib.suppress(OSError):
+            try:
                 partial.rename(state / unique)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+            else:
                 break
         folder = state / unique
         return cls(folder, lock, os.open(folder / "journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC))
@@ -220,14 +243,7 @@ class StateFolder:
     @property
     def running(self) -> bool:
         """Whether its trainer lives: it holds the lock until it ends, however it ends."""
-        try:
-            with open(self.path / "lock") as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return False
-        except BlockingIOError:
-            return True
-        except FileNotFoundError:
-            return False
+        return is_locked(self.path / "lock")
 
     @property
     def carried(self) -> dict[str, Any]:

@@ -102,3 +102,8 @@ _IN_PLACE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor]
     "tanh": (torch.tanh_, _tanh_backward),
     "sigmoid": (torch.sigmoid_, _sigmoid_backward),
 }
+
+
+def set_parameters(module: nn.Module, flat: Tensor) -> None:
+    """Fill a module's parameters, in their order, from one flat vector."""
+    torch.nn.utils.vector_to_parameters(flat, module.parameters())

@@ -28,7 +28,7 @@ from fmnist import __version__, checkpoint, data
 from fmnist import engine as engines
 from fmnist import spec as specs
 from fmnist.errors import Diverged, Interrupted, RunFailed, SpecError, StoreError
-from fmnist.journal import Journal, StateFolder, now_ms
+from fmnist.journal import Journal, StateFolder, carrier_lock, is_locked, now_ms
 
 COLLAPSED_LOSS, COLLAPSED_ACCURACY = 2.29, 0.12
 """Chance level over ten classes is ln 10 = 2.303 and 0.1."""
@@ -100,8 +100,8 @@ def run(resolved: specs.Resolved, root: Path, sync: bool, say: Callable[[str], N
             outcome.status = "KILLED" if isinstance(reason, Interrupted) else "FAILED"
             with contextlib.suppress(OSError):  # a full disk can't take even this; the missing end tells the same
                 journal.event("end", status=outcome.status, reason=f"{type(reason).__name__}: {reason}")
-    if sync:
-        _wait_for_carrier(root, journal.folder, carrier, outcome, say)
+    if carrier is not None:
+        _wait_for_carrier(root, journal.folder, carrier, outcome)
     else:
         outcome.unsynced = "--no-sync was given"
     journal.release()
@@ -340,7 +340,7 @@ def _start_carrier(root: Path) -> "subprocess.Popen[bytes]":
         )
 
 
-def _wait_for_carrier(root: Path, folder: Path, carrier: "subprocess.Popen[bytes] | None", outcome: Outcome, say: Callable[[str], None]) -> None:
+def _wait_for_carrier(root: Path, folder: Path, carrier: "subprocess.Popen[bytes]", outcome: Outcome) -> None:
     """Wait until the run is closed in MLflow; a carrier that is gone is started again, one that keeps failing is told of."""
     state = StateFolder(folder, {})
     quiet_since, last = time.monotonic(), None
@@ -357,9 +357,8 @@ def _wait_for_carrier(root: Path, folder: Path, carrier: "subprocess.Popen[bytes
             if time.monotonic() - quiet_since > CARRIER_SILENCE_S:
                 outcome.unsynced = note.get("error") or f"nothing was carried over for {CARRIER_SILENCE_S} s; see mlruns/sidecar.log"
                 return
-            if carrier is not None and carrier.poll() is not None:
+            if carrier.poll() is not None and not is_locked(carrier_lock(root)):
                 carrier = _start_carrier(root)
-                time.sleep(1)
             time.sleep(0.05)
     except KeyboardInterrupt:
         outcome.unsynced = "interrupted while it was being stored; it goes on in the background"

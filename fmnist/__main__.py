@@ -1,0 +1,5 @@
+"""`python -m fmnist`."""
+
+from fmnist.cli import main
+
+main()

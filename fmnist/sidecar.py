@@ -1,0 +1,290 @@
+"""The process that carries journals into MLflow while runs train, and closes each run: figures, model, true status.
+
+One per root, by a lock; each run starts one, and the one that finds the lock taken exits. `fmnist sync` is the same
+code in the foreground. It may be killed at any moment: the next one sends again what was not noted as sent, and a
+point sent twice is stored once.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fmnist.journal import Point, Record, StateFolder, carrier_lock, curves, points, read, state_folders
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fmnist.spec import ExperimentSpec
+    from fmnist.tracking import Store
+
+IDLE_S = 30
+"""How long it stays after its last work: runs in a row then share one start of MLflow."""
+PERIOD_S = 0.5
+NICENESS = 10
+MAX_BACKOFF_S = 10.0
+
+
+def main() -> None:
+    """`python -m fmnist.sidecar ROOT`."""
+    root = Path(sys.argv[1])
+    with _sole_carrier(root, wait=False) as sole:
+        if sole:
+            os.nice(NICENESS)
+            _serve(root)
+
+
+@contextlib.contextmanager
+def _sole_carrier(root: Path, wait: bool) -> Any:
+    """Hold the root's carrier lock; gives False where another process has it and `wait` is false."""
+    carrier_lock(root).parent.mkdir(parents=True, exist_ok=True)
+    with open(carrier_lock(root), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _serve(root: Path) -> None:
+    """Carry until nothing has been left to carry for a while."""
+    carriers: dict[Path, Carrier] = {}
+    store: Store | None = None
+    idle_since, backoff = time.monotonic(), PERIOD_S
+    while time.monotonic() - idle_since < IDLE_S:
+        for folder in state_folders(root):
+            if not folder.run["carry"]:
+                continue
+            try:
+                if store is None:
+                    store = _connect(root)
+                carrier = carriers.setdefault(folder.path, Carrier(folder, store))
+                if carrier.advance():
+                    idle_since, backoff = time.monotonic(), PERIOD_S
+                elif folder.running:
+                    idle_since = time.monotonic()
+            except Exception as error:  # an outage of any kind: the journal waits, training goes on
+                _report(folder, error)
+                backoff = min(2 * backoff, MAX_BACKOFF_S)
+                idle_since = time.monotonic() if folder.running else idle_since
+        time.sleep(backoff)
+
+
+def _connect(root: Path) -> "Store":
+    from fmnist import tracking
+
+    return tracking.connect(root, create=True)
+
+
+def _report(folder: StateFolder, error: Exception) -> None:
+    text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {folder.path.name}: {text}", flush=True)
+    with contextlib.suppress(OSError):
+        folder.note(**{**folder.carried, "error": text})
+
+
+def sync(root: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Carry everything that is complete and not yet in MLflow, now; waits for a sidecar at work. Raises what the store raises."""
+    with _sole_carrier(root, wait=True):
+        folders = state_folders(root)
+        results: list[dict[str, Any]] = []
+        if not folders:
+            return results
+        store = _connect(root)
+        for folder in folders:
+            carrier = Carrier(folder, store)
+            while carrier.advance():
+                pass
+            closed = carrier.closed
+            say(f"{folder.path.name}: {closed or 'still running; what there is so far is stored'}")
+            results.append({"key": folder.path.name, "run_id": carrier.run_id, "status": closed or "RUNNING"})
+        return results
+
+
+class Carrier:
+    """Carries one run: `advance` does what can be done now."""
+
+    def __init__(self, folder: StateFolder, store: "Store") -> None:
+        self.folder, self.store = folder, store
+        self.spec: ExperimentSpec = folder.spec
+        self.environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
+        note = folder.carried
+        self.run_id: str | None = note.get("run_id")
+        self.experiment_id: str | None = note.get("experiment_id")
+        self.closed: str | None = note.get("closed")
+        self.offset: int = note.get("offset", 0)
+        self._ended = any(record.kind == "end" for record in read(folder.path / "journal")[0])
+
+    def advance(self) -> bool:
+        """Send what the journal has gained, close the run once it has ended; tells whether anything was done."""
+        if self.closed:
+            if not self.folder.running and self.folder.path.exists():
+                self.folder.remove()
+            return False
+        running = self.folder.running  # asked before reading: what was written before the end is then surely read
+        if self.run_id is None:
+            self._open()
+        records, offset = read(self.folder.path / "journal", self.offset)
+        if records:
+            self.store.log_points(self._run_id, (point for record in records for point in points(self.spec, record)))
+            self.offset = offset
+            self._note()
+        self._ended = self._ended or any(record.kind == "end" for record in records)
+        if self._ended or not running:
+            self._close()
+            return True
+        return bool(records)
+
+    @property
+    def _run_id(self) -> str:
+        assert self.run_id is not None
+        return self.run_id
+
+    def _note(self) -> None:
+        self.folder.note(run_id=self.run_id, experiment_id=self.experiment_id, offset=self.offset, closed=self.closed)
+
+    def _open(self) -> None:
+        run, environment, spec = self.folder.run, self.environment, self.spec
+        tags = {
+            "kind": "run",
+            "experiment": spec.name,
+            "fingerprint": spec.fingerprint,
+            "group": spec.group,
+            "seed": str(spec.train.seed),
+            "data_digest": environment["data_digest"],
+            "git_commit": environment["git_commit"] or "none",
+            "git_dirty": str(environment["git_dirty"]).lower(),
+            "device": environment["device"],
+            "threads": str(environment["threads"]),
+            "torch": environment["packages"]["torch"],
+            "mlflow.note.content": spec.question,
+        }
+        if environment["git_commit"]:
+            tags["mlflow.source.git.commit"] = environment["git_commit"]
+        self.experiment_id = self.store.experiment(spec.tracking.experiment)
+        self.run_id = self.store.create_run(self.experiment_id, run["key"], run["name"], run["started_ms"], spec, tags, environment["data_digest"])
+        self._note()
+
+    def _close(self) -> None:
+        records, _ = read(self.folder.path / "journal")
+        end = next((record.fields for record in records if record.kind == "end"), None)
+        status = end["status"] if end else "KILLED"
+        reason = end["reason"] if end else "the process ended without a word (kill -9, out of memory or power loss)"
+        if self.store.is_deleted(self._run_id):
+            self.closed = "DELETED"
+            self._note()
+            return
+        expected = Counter(point.key for record in records for point in points(self.spec, record))
+        status, reason = self._check_counts(records, expected, status, reason)
+        final = next((record for record in records if record.kind == "final"), None)
+        tags = {"mlflow.note.content": _description(self.spec, status, reason, final, self.environment)}
+        if reason:
+            tags["reason"] = reason[:500]
+        if final:
+            tags |= {key: str(final.fields[key]) for key in ("weights", "collapsed_at", "stopped_early_at") if final.fields[key] is not None}
+        with tempfile.TemporaryDirectory(prefix="fmnist-") as folder:
+            tags["manifest_sha256"] = self._gather(Path(folder), records)
+            self.store.log_artifacts(self._run_id, Path(folder))
+        if final:
+            self._log_model(final)
+        self.store.set_tags(self._run_id, tags)
+        ended = end["t"] if end else max([self.folder.run["started_ms"]] + [record.fields.get("t1", record.fields.get("t", 0)) for record in records])
+        self.store.close_run(self._run_id, status, ended)
+        self.closed = status
+        self._note()
+
+    def _check_counts(self, records: list[Record], expected: "Counter[str]", status: str, reason: str | None) -> tuple[str, str | None]:
+        """No run is FINISHED before the store holds every point: what is missing is sent again once."""
+        stored = self.store.count(self._run_id, expected)
+        if stored != dict(expected):
+            self.store.log_points(self._run_id, (point for record in records for point in points(self.spec, record)))
+            stored = self.store.count(self._run_id, expected)
+        wrong = [f"{key} {stored[key]} of {expected[key]}" for key in expected if stored[key] != expected[key]]
+        if wrong and status == "FINISHED":
+            return "FAILED", f"the store does not hold the points that were sent: {', '.join(wrong)}"
+        return status, reason
+
+    def _gather(self, folder: Path, records: list[Record]) -> str:
+        """Lay out a run's artifacts and their manifest; returns the manifest's SHA-256."""
+        from fmnist import plots
+
+        for name in ("spec.yaml", "environment.json", "checkpoint.pt"):
+            if (self.folder.path / name).exists():
+                shutil.copy(self.folder.path / name, folder / name)
+        frame = curves(self.spec, records)
+        frame.to_parquet(folder / "curves.parquet", index=False)
+        figures = folder / "figures"
+        figures.mkdir()
+        if frame["val/loss"].notna().any():
+            best = next((int(record.fields["metrics"]["best/step"]) for record in records if record.kind == "final"), None)
+            plots.learning_curves(frame, self.folder.run["name"], self.spec.steps_per_epoch, best).savefig(figures / "learning_curves.png")
+        if (self.folder.path / "predictions.npz").exists():
+            predictions = _predictions(self.folder.path / "predictions.npz")
+            predictions.to_parquet(folder / "predictions.parquet", index=False)
+            selected = predictions[predictions["split"] == "val"]
+            predicted = selected.filter(like="logit_").to_numpy().argmax(1)
+            plots.confusion_matrix(selected["label"].to_numpy(), predicted, self.folder.run["name"]).savefig(figures / "confusion_matrix.png")
+        digests = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*.*"))}
+        manifest = json.dumps(digests, indent=2).encode()
+        (folder / "manifest.json").write_bytes(manifest)
+        return hashlib.sha256(manifest).hexdigest()
+
+    def _log_model(self, final: Record) -> None:
+        from fmnist import checkpoint, data, model
+
+        state = checkpoint.load(self.folder.path / "checkpoint.pt", self.spec)
+        network = model.build(self.spec.model, self.spec.train.seed)
+        model.set_parameters(network, state["parameters"])
+        module = model.Servable(network, *data.normalization(self.spec.data)).eval()
+        raw = data.raw_images(self.store.root, 2)
+        metrics = {key: value for key, value in final.fields["metrics"].items() if key.startswith(("last/", "test/"))}
+        self.store.log_model(self._run_id, module, raw, state["step"], metrics, final.fields["t"])
+
+
+def _predictions(path: Path) -> "pd.DataFrame":
+    """split, index in the original file, label, logit_0 to logit_9: a row per image."""
+    import numpy as np
+    import pandas as pd
+
+    arrays = np.load(path, allow_pickle=False)
+    frames = []
+    for split in ("val", "test"):
+        if f"{split}_logits" in arrays:
+            logits = arrays[f"{split}_logits"]
+            columns = {"split": split, "index": arrays[f"{split}_index"], "label": arrays[f"{split}_labels"]}
+            frames.append(pd.DataFrame(columns | {f"logit_{c}": logits[:, c] for c in range(logits.shape[1])}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _description(spec: "ExperimentSpec", status: str, reason: str | None, final: Record | None, environment: dict[str, Any]) -> str:
+    """The run's page in MLflow: what was asked, what came out, how to repeat it."""
+    lines = [spec.question, ""] if spec.question else []
+    if reason:
+        lines += [f"**{status}**: {reason}", ""]
+    if final:
+        metrics = final.fields["metrics"]
+        lines += ["| | validation accuracy | validation loss |", "|---|---|---|"]
+        lines += [f"| best (step {metrics['best/step']:,.0f}) | {metrics['best/val_accuracy']:.4f} | {metrics['best/val_loss']:.4f} |"]
+        lines += [f"| {final.fields['weights']} weights | {metrics['last/val_accuracy']:.4f} | {metrics['last/val_loss']:.4f} |", ""]
+        if "test/accuracy" in metrics:
+            lines += [f"Test accuracy, read once at the end: {metrics['test/accuracy']:.4f}, loss {metrics['test/loss']:.4f}.", ""]
+        else:
+            lines += ["Validation is the test set here, so a choice made by these numbers is made on the test set.", ""]
+        if final.fields["collapsed_at"] is not None:
+            lines += [f"**Collapsed**: from step {final.fields['collapsed_at']:,} or before, it guesses (loss about ln 10, accuracy about 0.1).", ""]
+        lines += [f"Training took {final.fields['training_s']:.1f} s."]
+    return "\n".join([*lines, f"Repeat: `{environment['command']}`"])
+
+
+if __name__ == "__main__":
+    main()
