@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fmnist import spec as specs
-from fmnist.errors import FmnistError, Interrupted, RunFailed, UserError
+from fmnist.errors import FmnistError, UserError
 
 if TYPE_CHECKING:
     from fmnist.runner import Outcome, Progress
@@ -42,7 +42,11 @@ def main() -> None:
 
 def _tell(text: str) -> None:
     """For people: on stderr, so that stdout holds results only."""
-    print("\n".join(f"fmnist: {line}" if not line.startswith(" ") else line for line in text.splitlines()), file=sys.stderr, flush=True)
+    print(
+        "\n".join(f"fmnist: {line}" if not line.startswith(" ") else line for line in text.splitlines()),
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _print_json(value: Any) -> None:
@@ -53,8 +57,18 @@ def _complete_experiment(incomplete: str) -> list[str]:
     return [name for name in specs.names(specs.home()) if name.startswith(incomplete)]
 
 
-Experiment = Annotated[str, typer.Argument(metavar="EXP", help="An experiment: the name of a file in experiments/.", autocompletion=_complete_experiment)]
-Overrides = Annotated[list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set a field of the spec, as in optimizer.lr=0.01; repeatable.")]
+Experiment = Annotated[
+    str,
+    typer.Argument(
+        metavar="EXP", help="An experiment: the name of a file in experiments/.", autocompletion=_complete_experiment
+    ),
+]
+Overrides = Annotated[
+    list[str],
+    typer.Option(
+        "--set", "-s", metavar="KEY=VALUE", help="Set a field of the spec, as in optimizer.lr=0.01; repeatable."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
@@ -64,8 +78,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 @app.command()
 def run(
     exp: Experiment,
-    overrides: Overrides = [],  # noqa: B006: Typer copies it
-    no_sync: Annotated[bool, typer.Option("--no-sync", help="Leave the run on disk for a later `fmnist sync`.")] = False,
+    overrides: Overrides = [],
+    no_sync: Annotated[
+        bool, typer.Option("--no-sync", help="Leave the run on disk for a later `fmnist sync`.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train an experiment and record it."""
@@ -73,16 +89,10 @@ def run(
     resolved = specs.load(exp, overrides, root)
     from fmnist import runner
 
-    try:
-        with _display(resolved, quiet=as_json) as watch:
-            outcome = runner.run(resolved, root, not no_sync, _tell, watch)
-    except (RunFailed, Interrupted) as error:
-        outcome = getattr(error, "outcome")  # noqa: B009: set by runner.run on every error it raises
-        _summarise(outcome, root, as_json)
-        raise
-    _summarise(outcome, root, as_json)
-    if outcome.status == "FAILED":
-        raise RunFailed("the store did not take every point; the run's page says what is missing")
+    with _display(resolved, quiet=as_json) as watch:
+        outcome = runner.run(resolved, root, not no_sync, _tell, watch)
+    _summarise(outcome, as_json)
+    raise typer.Exit(outcome.exit_code)
 
 
 @contextmanager
@@ -99,10 +109,12 @@ def _display(resolved: specs.Resolved, quiet: bool) -> "Iterator[Callable[[Progr
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TextColumn("epoch {task.fields[epoch]:.1f} loss {task.fields[loss]} acc {task.fields[accuracy]} | val {task.fields[val]} | {task.fields[rate]}"),
+        TextColumn(
+            "epoch {task.fields[epoch]:.1f} loss {task.fields[loss]} acc {task.fields[accuracy]} | val {task.fields[val]} | {task.fields[rate]}"
+        ),
         TimeRemainingColumn(),
     )
-    unknown = {"epoch": 0.0, "loss": "-", "accuracy": "-", "val": "-", "rate": "- steps/s"}
+    unknown: dict[str, Any] = {"epoch": 0.0, "loss": "-", "accuracy": "-", "val": "-", "rate": "- steps/s"}
     with Bar(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(resolved.display_name, total=resolved.spec.steps, **unknown)
 
@@ -111,17 +123,16 @@ def _display(resolved: specs.Resolved, quiet: bool) -> "Iterator[Callable[[Progr
             if progress.train_loss is not None:
                 fields |= {"loss": f"{progress.train_loss:.4f}", "accuracy": f"{progress.train_accuracy:.4f}"}
                 fields["rate"] = f"{progress.step / max(progress.elapsed_s, 1e-9):,.0f} steps/s"
-            if progress.val_loss is not None:
-                fields["val"] = f"{progress.val_loss:.4f} {progress.val_accuracy:.4f}"
+            fields["val"] = f"{progress.val_loss:.4f} {progress.val_accuracy:.4f}"
             bar.update(task, completed=progress.step, **fields)
 
         yield watch
 
 
-def _summarise(outcome: "Outcome", root: Path, as_json: bool) -> None:
+def _summarise(outcome: "Outcome", as_json: bool) -> None:
     from fmnist import tracking
 
-    link = tracking.page(root, outcome.experiment_id, outcome.run_id) if outcome.run_id else None
+    link = tracking.page(outcome.experiment_id, outcome.run_id) if outcome.experiment_id and outcome.run_id else None
     if as_json:
         _print_json({**dataclasses.asdict(outcome), "link": link})
         return
@@ -136,17 +147,25 @@ def _summarise(outcome: "Outcome", root: Path, as_json: bool) -> None:
         if "test/accuracy" in metrics:
             lines += [f"test accuracy, read once: {metrics['test/accuracy']:.4f}, loss {metrics['test/loss']:.4f}"]
         else:
-            lines += ["validation is the test set here (data.holdout: null): don't choose by it what you then report on it"]
+            lines += [
+                "validation is the test set here (data.holdout: null): don't choose by it what you then report on it"
+            ]
     if outcome.stopped_early_at is not None:
         lines += [f"stopped early at step {outcome.stopped_early_at:,}"]
     if outcome.collapsed_at is not None:
-        lines += [f"COLLAPSED: by step {outcome.collapsed_at:,} it only guesses (loss about ln 10 = 2.30, accuracy about 0.10); try a smaller optimizer.lr"]
+        lines += [
+            f"COLLAPSED: by step {outcome.collapsed_at:,} it only guesses (loss about ln 10 = 2.30, accuracy about 0.10); try a smaller optimizer.lr"
+        ]
     rate = f" ({outcome.steps / outcome.training_s:,.0f} steps/s)" if outcome.training_s else ""
-    lines += [f"{outcome.status}: {outcome.steps:,} steps in {outcome.training_s:.1f} s{rate}, {outcome.total_s:.1f} s in all"]
+    if outcome.reason:
+        _tell(outcome.reason)
+    lines += [
+        f"{outcome.status}: {outcome.steps:,} steps in {outcome.training_s:.1f} s{rate}, {outcome.total_s:.1f} s in all"
+    ]
     if outcome.unsynced:
         lines += [f"not in MLflow yet: {outcome.unsynced}; `fmnist sync` carries it over"]
     if link:
-        lines += [f"run {outcome.run_id}: {link}" + ("  (after `make ui`)" if tracking.is_local(root) else "")]
+        lines += [f"run {outcome.run_id}: {link}" + ("" if specs.tracking_server() else "  (after `make ui`)")]
     if outcome.status == "FINISHED":
         lines += ["next: `make report` draws it beside the other runs; `fmnist list` shows what else there is to run"]
     print("\n".join(lines))
@@ -156,16 +175,27 @@ def _summarise(outcome: "Outcome", root: Path, as_json: bool) -> None:
 
 
 @app.command()
-def show(exp: Experiment, overrides: Overrides = [], as_json: Json = False) -> None:  # noqa: B006
+def show(exp: Experiment, overrides: Overrides = [], as_json: Json = False) -> None:
     """Print the resolved spec, where each value comes from, and what the run would do."""
     resolved = specs.load(exp, overrides)
     spec, would = resolved.spec, _plan_summary(resolved.spec)
     if as_json:
         origins = {path: str(origin) for path, origin in resolved.origins.items()}
-        _print_json({"spec": spec.model_dump(mode="json"), "origins": origins, "fingerprint": spec.fingerprint, "group": spec.group, "plan": would})
+        _print_json(
+            {
+                "spec": spec.model_dump(mode="json"),
+                "origins": origins,
+                "fingerprint": spec.fingerprint,
+                "group": spec.group,
+                "plan": would,
+            }
+        )
         return
     flat = spec.flat()
-    wide, widest = max(map(len, flat)), max(len(json.dumps(value)) for path, value in flat.items() if path != "question")
+    wide, widest = (
+        max(map(len, flat)),
+        max(len(json.dumps(value)) for path, value in flat.items() if path != "question"),
+    )
     for path, value in flat.items():
         text = json.dumps(value, ensure_ascii=False)
         print(f"{path:<{wide}}  {text:<{widest}}  {_origin(path, resolved, value)}")
@@ -184,7 +214,6 @@ def _origin(path: str, resolved: specs.Resolved, value: Any) -> str:
 def _plan_summary(spec: specs.ExperimentSpec) -> dict[str, int]:
     segments = specs.plan(spec)
     evaluations = sum(segment.evaluate for segment in segments)
-    widths = [specs.PIXELS, *spec.model.hidden, specs.CLASSES]
     # At an evaluation: val/loss, val/accuracy, epoch, and train/lr but for step 0. Once, at the end: best/* (3), last/* (2), test/* (2).
     points = 2 * len(spec.logged_steps()) + 4 * evaluations - 1 + (5 if spec.data.holdout is None else 7)
     return {
@@ -193,7 +222,7 @@ def _plan_summary(spec: specs.ExperimentSpec) -> dict[str, int]:
         "steps_per_epoch": spec.steps_per_epoch,
         "steps": spec.steps,
         "evaluations": evaluations,
-        "parameters": sum((inputs + 1) * outputs for inputs, outputs in zip(widths, widths[1:], strict=False)),
+        "parameters": spec.model.parameters,
         "points_logged": points,
     }
 
@@ -213,10 +242,15 @@ def list_experiments(as_json: Json = False) -> None:
         _print_json({"experiments": rows})
         return
     if not rows:
-        raise UserError(f"no experiments in {root / 'experiments'}; FMNIST_HOME names the folder that holds experiments/")
+        raise UserError(
+            f"no experiments in {root / 'experiments'}; FMNIST_HOME names the folder that holds experiments/"
+        )
     wide = max(len(str(row["name"])) for row in rows)
     for row in rows:
-        print(f"{row['name']:<{wide}}  " + (f"{row['steps']:>9,} steps  {row['question']}" if row["error"] is None else f"BROKEN: {row['error']}"))
+        print(
+            f"{row['name']:<{wide}}  "
+            + (f"{row['steps']:>9,} steps  {row['question']}" if row["error"] is None else f"BROKEN: {row['error']}")
+        )
 
 
 # ---- data, sync, report
@@ -243,7 +277,9 @@ def sync(as_json: Json = False) -> None:
     try:
         done = sidecar.sync(specs.home(), _tell)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"the store did not take the runs: {str(error).splitlines()[0]}; they stay on disk, try again") from None
+        raise UserError(
+            f"the store did not take the runs: {str(error).splitlines()[0]}; they stay on disk, try again"
+        ) from None
     if as_json:
         _print_json({"runs": done})
     elif not done:
@@ -252,7 +288,9 @@ def sync(as_json: Json = False) -> None:
 
 @app.command()
 def report(
-    runs: Annotated[list[str], typer.Argument(help="Runs by name, id or experiment; all finished ones if none is given.")] = [],  # noqa: B006
+    runs: Annotated[
+        list[str], typer.Argument(help="Runs by name, id or experiment; all finished ones if none is given.")
+    ] = [],
     as_json: Json = False,
 ) -> None:
     """Write reports/: each run's figures, overlays, and a table of what differs."""
@@ -263,7 +301,13 @@ def report(
     written = reports.write(tracking.connect(root), root / "reports", runs)
     if as_json:
         files = [str(path) for path in written.files]
-        _print_json({"runs": [dict(zip(written.columns, row, strict=True)) for row in written.rows], "files": files, "notes": written.notes})
+        _print_json(
+            {
+                "runs": [dict(zip(written.columns, row, strict=True)) for row in written.rows],
+                "files": files,
+                "notes": written.notes,
+            }
+        )
         return
     from rich.console import Console
     from rich.table import Table
@@ -286,18 +330,31 @@ def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)
     from fmnist import tracking
 
     root = specs.home()
-    if not tracking.is_local(root):
-        raise UserError(f"the runs are recorded at MLFLOW_TRACKING_URI ({tracking.page(root, None, None).partition('/#')[0]}): open that in a browser")
+    if address := specs.tracking_server():
+        raise UserError(
+            f"the runs are recorded at MLFLOW_TRACKING_URI: open {specs.redacted(address)} in a browser, or unset it for the local store"
+        )
     if not _is_free(port):
         other = next(candidate for candidate in range(port + 1, 65536) if _is_free(candidate))
-        raise UserError(f"port {port} on 127.0.0.1 is taken, perhaps by another `make ui`; port {other} is free: make ui PORT={other}")
+        raise UserError(
+            f"port {port} on 127.0.0.1 is taken, perhaps by another `make ui`; port {other} is free: make ui PORT={other}"
+        )
     tracking.connect(root, create=True).experiment(specs.Tracking().experiment)
     log = root / "mlruns" / "ui.log"
     with open(log, "wb") as output:
-        server = subprocess.Popen(tracking.server_command(root, port), env={**os.environ, **tracking.SETTINGS}, stdout=output, stderr=output, cwd=root)
+        server = subprocess.Popen(
+            tracking.server_command(root, port),
+            env={**os.environ, **tracking.SETTINGS},
+            stdout=output,
+            stderr=output,
+            cwd=root,
+        )
     try:
         _wait_until_up(server, port, log)
-        print(f"MLflow shows the runs at http://127.0.0.1:{port} (Ctrl-C stops it; from another machine: ssh -L {port}:127.0.0.1:{port} HOST)", flush=True)
+        print(
+            f"MLflow shows the runs at http://127.0.0.1:{port} (Ctrl-C stops it; from another machine: ssh -L {port}:127.0.0.1:{port} HOST)",
+            flush=True,
+        )
         server.wait()
     finally:
         server.terminate()

@@ -164,8 +164,8 @@ def _take(folder: Path, raw: Path, wanted: dict[str, str]) -> None:
         if actual != SHA256[name]:
             raise ValueError(f"its {name} has SHA-256 {actual}, expected {SHA256[name]}")
         ready.append((plain, raw / name))
-    for plain, target in ready:
-        plain.replace(target)
+    for found, destination in ready:
+        found.replace(destination)
 
 
 # ---- the tensors
@@ -215,7 +215,13 @@ def load(spec: specs.Data, root: Path, device: torch.device, say: Callable[[str]
 
     def split(images: np.ndarray, labels: np.ndarray, index: np.ndarray) -> Split:
         # One copy of the pixels, made by float(); the rest is in place.
-        pixels = torch.from_numpy(images[index] if len(index) < len(images) else images).to(device).float().sub_(shift).mul_(scale)
+        pixels = (
+            torch.from_numpy(images[index] if len(index) < len(images) else images)
+            .to(device)
+            .float()
+            .sub_(shift)
+            .mul_(scale)
+        )
         return Split(pixels, torch.from_numpy(labels[index].astype(np.int64)).to(device), index)
 
     images, labels = _read(root, "train")

@@ -1,13 +1,12 @@
 """Every error that the product raises on purpose; the command line prints each as one line and exits with its code.
 
-    FmnistError
-    ├── UserError                2   the input is wrong; the message holds the remedy
-    │   ├── SpecError                an experiment file or an override
-    │   ├── DataError                the dataset can be neither found nor fetched
-    │   └── StoreError               the record of runs can't be reached, read or written
-    ├── RunFailed                3   a run that started could not be finished
-    │   └── Diverged                 its training loss stopped being finite
-    └── Interrupted        130, 143  SIGINT or SIGTERM, once what was trained is on disk
+FmnistError
+├── UserError                2   the input is wrong; the message holds the remedy
+│   ├── SpecError                an experiment file or an override
+│   ├── DataError                the dataset can be neither found nor fetched
+│   └── StoreError               the record of runs can't be reached, read or written
+├── Diverged                 3   a training loss that isn't finite
+└── Interrupted       128 + n    signal n ended the training: 130 for Ctrl-C, 143 for SIGTERM
 """
 
 import signal
@@ -33,16 +32,11 @@ class StoreError(UserError):
     pass
 
 
-class RunFailed(FmnistError):
+class Diverged(FmnistError):
     exit_code = 3
 
 
-class Diverged(RunFailed):
-    pass
-
-
 class Interrupted(FmnistError):
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(f"{signal.Signals(signal_number).name} at step {step:,}")
         self.exit_code = 128 + signal_number
-        self.reason = signal.Signals(signal_number).name

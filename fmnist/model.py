@@ -4,6 +4,7 @@ Shapes: B batch, P = 784 pixels, H units of a layer, C = 10 classes.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class MLP(nn.Module):
         self.activation = spec.activation
         widths = [specs.PIXELS, *spec.hidden, specs.CLASSES]
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
+        for inputs, outputs in pairwise(widths):
             layers += [nn.Linear(inputs, outputs), ACTIVATIONS[spec.activation]()]
         self.layers = nn.Sequential(*layers[:-1])
 
@@ -102,8 +103,3 @@ _IN_PLACE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor]
     "tanh": (torch.tanh_, _tanh_backward),
     "sigmoid": (torch.sigmoid_, _sigmoid_backward),
 }
-
-
-def set_parameters(module: nn.Module, flat: Tensor) -> None:
-    """Fill a module's parameters, in their order, from one flat vector."""
-    torch.nn.utils.vector_to_parameters(flat, module.parameters())

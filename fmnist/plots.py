@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.transforms import Bbox
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +27,11 @@ def learning_curves(frame: "pd.DataFrame", title: str, steps_per_epoch: int, bes
     figure = Figure(figsize=(12, 5), dpi=DPI, layout="constrained")
     figure.suptitle(title)
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        train = frame[["step", f"train/{name}"]].dropna() if f"train/{name}" in frame else frame[:0].assign(**{f"train/{name}": []})
+        train = (
+            frame[["step", f"train/{name}"]].dropna()
+            if f"train/{name}" in frame
+            else frame[:0].assign(**{f"train/{name}": []})
+        )
         window = smoothing_window(len(train))
         values = train[f"train/{name}"].to_numpy()
         smooth = smoothed(values, window)
@@ -39,7 +44,16 @@ def learning_curves(frame: "pd.DataFrame", title: str, steps_per_epoch: int, bes
         if len(best):
             value = best[f"val/{name}"].iloc[0]
             label = f"best: {value:.4f} at step {best_step:,}"
-            axes.plot(best["step"], [value], color=VALIDATION, marker="*", markersize=13, markeredgecolor="black", linestyle="none", label=label)
+            axes.plot(
+                best["step"],
+                [value],
+                color=VALIDATION,
+                marker="*",
+                markersize=13,
+                markeredgecolor="black",
+                linestyle="none",
+                label=label,
+            )
         _limits(axes, name, np.concatenate([smooth, val[f"val/{name}"].to_numpy()]))
         _step_axis(axes, steps_per_epoch)
         axes.set_ylabel(f"{name}{' (cross-entropy, nats)' if name == 'loss' else ' (fraction)'}")
@@ -74,8 +88,16 @@ def _step_axis(axes: Axes, steps_per_epoch: int | None) -> None:
     axes.set_xlabel("step")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step / 1000:g}k" if step else "0"))
     axes.grid(alpha=0.3)
+    axes.margins(x=0.01)
     if steps_per_epoch:
-        top = axes.secondary_xaxis("top", functions=(lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch))
+
+        def to_epoch(step: Any) -> Any:
+            return step / steps_per_epoch
+
+        def to_step(epoch: Any) -> Any:
+            return epoch * steps_per_epoch
+
+        top = axes.secondary_xaxis("top", functions=(to_epoch, to_step))
         top.set_xlabel("epoch")
         top.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -90,18 +112,32 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, title: str) -> F
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(counts.shape):
         if counts[row, column]:
-            axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=9, color="white" if shares[row, column] > 0.5 else "black")
+            axes.text(
+                column,
+                row,
+                str(counts[row, column]),
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white" if shares[row, column] > 0.5 else "black",
+            )
     axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=45, ha="right")
     axes.set_yticks(range(len(CLASSES)), CLASSES)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    axes.set_title(f"{title}\naccuracy {np.trace(counts) / max(1, counts.sum()):.4f} on {counts.sum():,} validation images")
+    axes.set_title(
+        f"{title}\naccuracy {np.trace(counts) / max(1, counts.sum()):.4f} on {counts.sum():,} validation images"
+    )
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     return figure
 
 
 def overlay(curves: Mapping[str, "pd.DataFrame"]) -> Figure:
-    """Training and validation loss and accuracy of several runs by step, one colour each; training curves smoothed."""
+    """Training and validation loss and accuracy of several runs by step, one colour each; training curves smoothed alike.
+
+    The axes fit what comes after each run's first tenth: the start, from chance level, is alike and would hide the rest.
+    """
+    window = smoothing_window(max(len(frame) for frame in curves.values()))
     figure = Figure(figsize=(14, 9), dpi=DPI, layout="constrained")
     panels = figure.subplots(2, 2)
     for row, split in enumerate(("train", "val")):
@@ -111,14 +147,18 @@ def overlay(curves: Mapping[str, "pd.DataFrame"]) -> Figure:
                 points = frame[["step", key]].dropna()
                 values = points[key].to_numpy()
                 if split == "train":
-                    values = smoothed(values, smoothing_window(len(values)))
+                    values = smoothed(values, window)
                 thin = max(1, len(values) // RAW_POINTS)
                 colour, line = _style(index)
-                axes.plot(points["step"][::thin], values[::thin], color=colour, linestyle=line, label=label, linewidth=1.3)
-                shown.append(values)
+                axes.plot(
+                    points["step"][::thin], values[::thin], color=colour, linestyle=line, label=label, linewidth=1.3
+                )
+                shown.append(values[len(values) // 10 :])
             _limits(axes, name, np.concatenate(shown))
             _step_axis(axes, None)
-            axes.set_title(f"{'training, smoothed' if split == 'train' else 'validation'} {name}")
+            axes.set_title(
+                f"{f'training {name}, mean of {window} steps' if split == 'train' else f'validation {name}'}"
+            )
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=9)
     return figure
@@ -136,7 +176,11 @@ def table(rows: Sequence[Sequence[str]], columns: Sequence[str]) -> Figure:
     axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
     axes.axis("off")
     drawn = axes.table(
-        cellText=[list(row) for row in rows], colLabels=list(columns), colWidths=[width / sum(widths) for width in widths], cellLoc="left", bbox=[0, 0, 1, 1]
+        cellText=[list(row) for row in rows],
+        colLabels=list(columns),
+        colWidths=[width / sum(widths) for width in widths],
+        cellLoc="left",
+        bbox=Bbox.unit(),
     )
     drawn.auto_set_font_size(False)
     drawn.set_fontsize(9)

@@ -48,7 +48,9 @@ def write(store: Store, folder: Path, wanted: Sequence[str]) -> Report:
     if curves:
         shown = dict(list(curves.items())[-OVERLAY_RUNS:])
         if len(shown) < len(curves):
-            notes.append(f"the overlay shows the newest {OVERLAY_RUNS} of {len(curves)} runs; name the ones you want: fmnist report RUN ...")
+            notes.append(
+                f"the overlay shows the newest {OVERLAY_RUNS} of {len(curves)} runs; name the ones you want: fmnist report RUN ..."
+            )
         files.append(folder / "overlay.png")
         plots.overlay(shown).savefig(files[-1])
     columns, rows = differences(runs, labels)
@@ -56,7 +58,9 @@ def write(store: Store, folder: Path, wanted: Sequence[str]) -> Report:
     files[-2].write_text(_markdown(columns, rows), encoding="utf-8")
     plots.table(rows, columns).savefig(files[-1])
     if any(validates_on_test(run) for _, run in runs.iterrows()):
-        notes.append("runs without data.holdout are validated on the test images: a choice made by their val figures is made on the test set")
+        notes.append(
+            "runs without data.holdout are validated on the test images: a choice made by their val figures is made on the test set"
+        )
     return Report(columns, rows, files, notes)
 
 
@@ -82,11 +86,16 @@ def _select(runs: "pd.DataFrame", wanted: Sequence[str]) -> "pd.DataFrame":
 def _labels(runs: "pd.DataFrame") -> list[str]:
     """Run names, with the start of the id where a name stands for several runs."""
     several = runs["name"].duplicated(keep=False)
-    return [f"{name} {run_id[:6]}" if double else name for name, run_id, double in zip(runs["name"], runs["run_id"], several, strict=True)]
+    return [
+        f"{name} {run_id[:6]}" if double else name
+        for name, run_id, double in zip(runs["name"], runs["run_id"], several, strict=True)
+    ]
 
 
 def _file_name(label: str) -> str:
-    return "".join(character if character.isalnum() or character in "._=-" else "_" for character in label)[:100].lstrip(".")
+    return "".join(character if character.isalnum() or character in "._=-" else "_" for character in label)[
+        :100
+    ].lstrip(".")
 
 
 def _copy_figures(store: Store, run_id: str, target: Path) -> list[Path]:
@@ -101,14 +110,21 @@ def _copy_figures(store: Store, run_id: str, target: Path) -> list[Path]:
 
 def differences(runs: "pd.DataFrame", labels: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """A row per run: its label, the parameters in which the runs differ, its results."""
-    parameters = [column for column in runs if column.startswith("p/") and runs[column].fillna("-").nunique() > 1]
+    parameters = [
+        column for column in map(str, runs) if column.startswith("p/") and runs[column].fillna("-").nunique() > 1
+    ]
     results = [column for column in RESULTS if f"m/{column}" in runs]
     columns = ["run", *(column[2:] for column in parameters), *(RESULTS[column] for column in results)]
     rows = []
     for label, (_, run) in zip(labels, runs.iterrows(), strict=True):
         values = [run[f"m/{column}"] for column in results]
-        texts = ["-" if value != value else f"{value:,.0f}" if column == "best/step" else f"{value:.4f}" for column, value in zip(results, values, strict=True)]
-        rows.append([label, *("-" if run[column] != run[column] else str(run[column]) for column in parameters), *texts])
+        texts = [
+            "-" if value != value else f"{value:,.0f}" if column == "best/step" else f"{value:.4f}"
+            for column, value in zip(results, values, strict=True)
+        ]
+        rows.append(
+            [label, *("-" if run[column] != run[column] else str(run[column]) for column in parameters), *texts]
+        )
     return columns, rows
 
 

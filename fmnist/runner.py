@@ -5,15 +5,14 @@ Nothing here computes and nothing here knows MLflow: the journal is carried ther
 
 import contextlib
 import importlib.metadata
-import os
 import platform
 import shlex
 import signal
 import subprocess
 import sys
 import time
+import traceback
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ import torch
 from fmnist import __version__, checkpoint, data
 from fmnist import engine as engines
 from fmnist import spec as specs
-from fmnist.errors import Diverged, Interrupted, RunFailed, SpecError, StoreError
+from fmnist.errors import Diverged, FmnistError, Interrupted, SpecError, StoreError
 from fmnist.journal import Journal, StateFolder, carrier_lock, is_locked, now_ms
 
 COLLAPSED_LOSS, COLLAPSED_ACCURACY = 2.29, 0.12
@@ -47,8 +46,8 @@ class Progress:
     elapsed_s: float
     train_loss: float | None
     train_accuracy: float | None
-    val_loss: float | None
-    val_accuracy: float | None
+    val_loss: float
+    val_accuracy: float
 
 
 @dataclass
@@ -65,20 +64,25 @@ class Outcome:
     stopped_early_at: int | None = None
     training_s: float = 0.0
     total_s: float = 0.0
+    reason: str | None = None
+    """Why it did not finish."""
+    exit_code: int = 0
     run_id: str | None = None
     experiment_id: str | None = None
     unsynced: str | None = None
     """Why the run isn't in MLflow yet; None when it is."""
 
 
-def run(resolved: specs.Resolved, root: Path, sync: bool, say: Callable[[str], None], watch: Callable[[Progress], None]) -> Outcome:
+def run(
+    resolved: specs.Resolved, root: Path, sync: bool, say: Callable[[str], None], watch: Callable[[Progress], None]
+) -> Outcome:
     """Train an experiment and see it into MLflow (not with `sync` false); raises UserError before anything is written.
 
-    Raises RunFailed where training broke off and Interrupted after SIGINT or SIGTERM, both once what was trained is stored.
+    However the training ends, by divergence, an error or a signal, what was trained is stored and the outcome says so.
     """
     began = time.monotonic()
     spec = resolved.spec
-    _preflight(root, sync)
+    _preflight(sync)
     try:
         device = engines.device(spec.compute)
     except ValueError as error:
@@ -86,30 +90,35 @@ def run(resolved: specs.Resolved, root: Path, sync: bool, say: Callable[[str], N
     dataset = data.load(spec.data, root, device, say)
     engine = engines.Engine(spec, dataset)
     try:
-        journal = Journal.create(root, spec, resolved.display_name, _environment(root, device), carry=sync)
+        journal = Journal.create(root, spec, resolved.display_name, _environment(device), carry=sync)
     except OSError as error:
-        raise StoreError(f"{root / 'mlruns'}: can't be written: {error.strerror or error}; mend that or set FMNIST_HOME to another folder") from None
+        raise StoreError(
+            f"{root / 'mlruns'}: can't be written: {error.strerror or error}; mend that or set FMNIST_HOME to another folder"
+        ) from None
     outcome = Outcome(journal.folder.name, resolved.display_name)
     carrier = _start_carrier(root) if sync else None
-    error: Exception | None = None
     with _signals() as caught:
         try:
             _Run(spec, engine, dataset, journal, outcome, watch, caught).train()
-        except Exception as reason:  # whatever broke, the record says so before the process ends
-            error = reason
-            outcome.status = "KILLED" if isinstance(reason, Interrupted) else "FAILED"
-            with contextlib.suppress(OSError):  # a full disk can't take even this; the missing end tells the same
-                journal.event("end", status=outcome.status, reason=f"{type(reason).__name__}: {reason}")
+        except Exception as error:  # whatever broke, the record says so before the process ends
+            _record_failure(journal, outcome, error)
     if carrier is not None:
         _wait_for_carrier(root, journal.folder, carrier, outcome)
     else:
         outcome.unsynced = "--no-sync was given"
     journal.release()
     outcome.total_s = time.monotonic() - began
-    if error is not None:
-        error.__dict__["outcome"] = outcome
-        raise error if isinstance(error, (Interrupted, RunFailed)) else RunFailed(f"{type(error).__name__}: {error}") from error
     return outcome
+
+
+def _record_failure(journal: Journal, outcome: Outcome, error: Exception) -> None:
+    expected = isinstance(error, FmnistError)
+    outcome.status = "KILLED" if isinstance(error, Interrupted) else "FAILED"
+    outcome.reason = str(error) if expected else f"{type(error).__name__}: {error}"
+    outcome.exit_code = error.exit_code if isinstance(error, FmnistError) else Diverged.exit_code
+    details = None if expected else "".join(traceback.format_exception(error))
+    with contextlib.suppress(OSError):  # a full disk can't take even this; the missing end tells the same
+        journal.event("end", status=outcome.status, reason=outcome.reason, traceback=details)
 
 
 class _Run:
@@ -127,7 +136,8 @@ class _Run:
     ) -> None:
         self.spec, self.engine, self.dataset, self.journal = spec, engine, dataset, journal
         self.outcome, self.watch, self.caught = outcome, watch, caught
-        self.evaluations: list[tuple[int, float, float]] = []  # step, loss, accuracy
+        self.evaluated: list[int] = []  # steps
+        self.best: tuple[int, float, float]  # step, loss, accuracy
         self.interval: list[engines.Curves] = []  # since the last evaluation
         self.latest: engines.Evaluation
         self.best_state: dict[str, Any] | None = None
@@ -141,7 +151,7 @@ class _Run:
                 self._evaluate()
             self._show()
             if self.caught:
-                raise Interrupted(f"interrupted at step {self.engine.step} of {self.spec.steps}", self.caught[0])
+                raise Interrupted(self.caught[0], self.engine.step)
             if segment.evaluate and self._patience_is_over():
                 self.outcome.stopped_early_at = self.engine.step
                 break
@@ -170,11 +180,17 @@ class _Run:
             "evaluation",
             step=step,
             epoch=step / self.spec.steps_per_epoch,
-            **{"val/loss": self.latest.loss, "val/accuracy": self.latest.accuracy, "train/lr": None if curves is None else float(curves.lr[-1])},
+            **{
+                "val/loss": self.latest.loss,
+                "val/accuracy": self.latest.accuracy,
+                "train/lr": None if curves is None else float(curves.lr[-1]),
+            },
         )
-        if self.spec.train.early_stopping and (not self.evaluations or self._improves()):
-            self.best_state = self.engine.state()
-        self.evaluations.append((step, self.latest.loss, self.latest.accuracy))
+        evaluation = (step, self.latest.loss, self.latest.accuracy)
+        if not self.evaluated or self._beats(evaluation, self.best):
+            self.best = evaluation
+            self.best_state = self.engine.state() if self.spec.train.early_stopping else None
+        self.evaluated.append(step)
         self._look_for_collapse(step)
         self.interval = []
 
@@ -187,33 +203,23 @@ class _Run:
         if loss >= COLLAPSED_LOSS and accuracy <= COLLAPSED_ACCURACY:
             self.outcome.collapsed_at = step
 
-    def _improves(self) -> bool:
-        """Whether the newest evaluation beats all before it by early stopping's measure."""
+    def _beats(self, new: tuple[int, float, float], best: tuple[int, float, float]) -> bool:
+        """Whether an evaluation is better: by early stopping's measure, or by accuracy where that is off."""
         stopping = self.spec.train.early_stopping
-        assert stopping is not None
-        if stopping.metric == "loss":
-            return self.latest.loss < min(loss for _, loss, _ in self.evaluations) - stopping.min_delta
-        return self.latest.accuracy > max(accuracy for *_, accuracy in self.evaluations) + stopping.min_delta
+        if stopping is not None and stopping.metric == "loss":
+            return new[1] < best[1] - stopping.min_delta
+        return new[2] > best[2] + (stopping.min_delta if stopping else 0.0)
 
     def _patience_is_over(self) -> bool:
         stopping = self.spec.train.early_stopping
-        if stopping is None or self.best_state is None:
-            return False
-        since = sum(step > self.best_state["step"] for step, *_ in self.evaluations)
-        return since >= stopping.patience
-
-    def _best(self) -> tuple[int, float, float]:
-        """The evaluation that early stopping would restore; without it, the earliest of the highest accuracy."""
-        if self.best_state is not None:
-            return next(evaluation for evaluation in self.evaluations if evaluation[0] == self.best_state["step"])
-        return max(self.evaluations, key=lambda evaluation: evaluation[2])
+        return stopping is not None and sum(step > self.best[0] for step in self.evaluated) >= stopping.patience
 
     def _finish(self) -> None:
         if self.best_state is not None and self.best_state["step"] != self.engine.step:
             self.engine.load_state(self.best_state)
             self.latest = self.engine.evaluate(self.dataset.validation)
             self.outcome.weights = "best"
-        step, loss, accuracy = self._best()
+        step, loss, accuracy = self.best
         metrics = {"best/step": step, "best/val_loss": loss, "best/val_accuracy": accuracy}
         metrics |= {"last/val_loss": self.latest.loss, "last/val_accuracy": self.latest.accuracy}
         predictions = {"val": (self.dataset.validation, self.latest)}
@@ -227,7 +233,11 @@ class _Run:
         arrays |= {f"{split}_logits": evaluation.logits for split, (_, evaluation) in predictions.items()}
         np.savez(self.journal.folder / "predictions.npz", allow_pickle=False, **arrays)
         checkpoint.save(self.journal.folder / "checkpoint.pt", self.spec, self.engine.state())
-        told = {"weights": self.outcome.weights, "collapsed_at": self.outcome.collapsed_at, "stopped_early_at": self.outcome.stopped_early_at}
+        told = {
+            "weights": self.outcome.weights,
+            "collapsed_at": self.outcome.collapsed_at,
+            "stopped_early_at": self.outcome.stopped_early_at,
+        }
         self.journal.event("final", metrics=metrics, training_s=self.outcome.training_s, **told)
         self.journal.event("end", status="FINISHED", reason=None)
         self.outcome.status = "FINISHED"
@@ -242,8 +252,8 @@ class _Run:
                 elapsed_s=self.outcome.training_s,
                 train_loss=None if curves is None else float(curves.loss[-200:].mean()),
                 train_accuracy=None if curves is None else float(curves.accuracy[-200:].mean()),
-                val_loss=self.evaluations[-1][1] if self.evaluations else None,
-                val_accuracy=self.evaluations[-1][2] if self.evaluations else None,
+                val_loss=self.latest.loss,
+                val_accuracy=self.latest.accuracy,
             )
         )
 
@@ -269,24 +279,22 @@ def _signals() -> Iterator[list[int]]:
 # ---- before the run
 
 
-def _preflight(root: Path, sync: bool) -> None:
+def _preflight(sync: bool) -> None:
     """Refuse a tracker that can't be reached now; what fails later is an outage, and training goes on."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not sync or not uri.startswith(("http://", "https://")):
+    uri = specs.tracking_server() if sync else None
+    if uri is None:
         return
-    parts = urllib.parse.urlsplit(uri)
-    shown = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
     try:
-        urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=PREFLIGHT_TIMEOUT_S).close()
+        urllib.request.urlopen(specs.redacted(uri) + "/health", timeout=PREFLIGHT_TIMEOUT_S).close()
     except urllib.error.HTTPError:
         pass  # it is there and speaks HTTP; a proxy may hide /health
     except (OSError, ValueError) as error:
         raise StoreError(
-            f"no MLflow server answers at {shown} ({error}); start it, unset MLFLOW_TRACKING_URI for the local store, or give --no-sync"
+            f"no MLflow server answers at {specs.redacted(uri)} ({error}); start it, unset MLFLOW_TRACKING_URI for the local store, or give --no-sync"
         ) from None
 
 
-def _environment(root: Path, device: torch.device) -> dict[str, Any]:
+def _environment(device: torch.device) -> dict[str, Any]:
     """What could make the same spec give other numbers elsewhere."""
     packages = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name}
     return {
@@ -298,7 +306,7 @@ def _environment(root: Path, device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "data_digest": data.DIGEST,
-        **_git(root),
+        **_git(),
         "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
     }
 
@@ -310,12 +318,14 @@ def _processor() -> str:
     return platform.processor()
 
 
-def _git(root: Path) -> dict[str, Any]:
+def _git() -> dict[str, Any]:
     """The commit of the working tree and how it differs from it; empty outside a repository."""
 
     def git(*arguments: str) -> str | None:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            result = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True)
+            result = subprocess.run(
+                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+            )
             return result.stdout
         return None
 
@@ -329,6 +339,13 @@ def _git(root: Path) -> dict[str, Any]:
 # ---- after the run
 
 
+def _believe(outcome: Outcome, note: dict[str, Any]) -> None:
+    """Take over how the run was closed: it may be FAILED although training ended well, if the store lost points."""
+    if note["closed"] != outcome.status:
+        outcome.status, outcome.reason = note["closed"], note.get("reason")
+        outcome.exit_code = Diverged.exit_code if outcome.status == "FAILED" else outcome.exit_code
+
+
 def _start_carrier(root: Path) -> "subprocess.Popen[bytes]":
     """Start the store's sidecar; where one is at work already, this one sees that and exits.
 
@@ -336,7 +353,11 @@ def _start_carrier(root: Path) -> "subprocess.Popen[bytes]":
     """
     with open(root / "mlruns" / "sidecar.log", "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "fmnist.sidecar", str(root)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            [sys.executable, "-m", "fmnist.sidecar", str(root)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
 
 
@@ -350,17 +371,17 @@ def _wait_for_carrier(root: Path, folder: Path, carrier: "subprocess.Popen[bytes
             outcome.run_id, outcome.experiment_id = note.get("run_id"), note.get("experiment_id")
             if note.get("closed"):
                 outcome.unsynced = None
-                outcome.status = note["closed"]
+                _believe(outcome, note)
                 return
             if note.get("offset") != last:
                 quiet_since, last = time.monotonic(), note.get("offset")
             if time.monotonic() - quiet_since > CARRIER_SILENCE_S:
-                outcome.unsynced = note.get("error") or f"nothing was carried over for {CARRIER_SILENCE_S} s; see mlruns/sidecar.log"
+                outcome.unsynced = (
+                    note.get("error") or f"nothing was carried over for {CARRIER_SILENCE_S} s; see mlruns/sidecar.log"
+                )
                 return
             if carrier.poll() is not None and not is_locked(carrier_lock(root)):
                 carrier = _start_carrier(root)
             time.sleep(0.05)
     except KeyboardInterrupt:
         outcome.unsynced = "interrupted while it was being stored; it goes on in the background"
-
-

@@ -11,15 +11,16 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmnist.journal import Point, Record, StateFolder, carrier_lock, curves, points, read, state_folders
+from fmnist.journal import Record, StateFolder, carrier_lock, curves, is_locked, points, read, state_folders
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,31 +38,31 @@ MAX_BACKOFF_S = 10.0
 def main() -> None:
     """`python -m fmnist.sidecar ROOT`."""
     root = Path(sys.argv[1])
-    with _sole_carrier(root, wait=False) as sole:
-        if sole:
+    try:
+        with _sole_carrier(root, wait=False):
             os.nice(NICENESS)
             _serve(root)
+    except BlockingIOError:
+        pass  # another one is at work
 
 
 @contextlib.contextmanager
-def _sole_carrier(root: Path, wait: bool) -> Any:
-    """Hold the root's carrier lock; gives False where another process has it and `wait` is false."""
-    carrier_lock(root).parent.mkdir(parents=True, exist_ok=True)
-    with open(carrier_lock(root), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+def _sole_carrier(root: Path, wait: bool) -> Iterator[None]:
+    """Hold the root's carrier lock, with our pid in it; raises BlockingIOError where another process has it and `wait` is false."""
+    with open(carrier_lock(root), "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
 
 
 def _serve(root: Path) -> None:
     """Carry until nothing has been left to carry for a while."""
     carriers: dict[Path, Carrier] = {}
     store: Store | None = None
-    idle_since, backoff = time.monotonic(), PERIOD_S
-    while time.monotonic() - idle_since < IDLE_S:
+    idle_since, backoff, rehearsed = time.monotonic(), PERIOD_S, False
+    while time.monotonic() - idle_since < IDLE_S and carrier_lock(root).exists():
         for folder in state_folders(root):
             if not folder.run["carry"]:
                 continue
@@ -71,6 +72,9 @@ def _serve(root: Path) -> None:
                 carrier = carriers.setdefault(folder.path, Carrier(folder, store))
                 if carrier.advance():
                     idle_since, backoff = time.monotonic(), PERIOD_S
+                    if not rehearsed and not carrier.closed:
+                        carrier.rehearse()
+                        rehearsed = True
                 elif folder.running:
                     idle_since = time.monotonic()
             except Exception as error:  # an outage of any kind: the journal waits, training goes on
@@ -94,12 +98,14 @@ def _report(folder: StateFolder, error: Exception) -> None:
 
 
 def sync(root: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Carry everything that is complete and not yet in MLflow, now; waits for a sidecar at work. Raises what the store raises."""
+    """Carry everything that is not yet in MLflow, now, in place of a sidecar that may be at work. Raises what the store raises."""
+    results: list[dict[str, Any]] = []
+    if not state_folders(root):
+        return results
+    if is_locked(carrier_lock(root)):  # it may be ended at any moment, and would idle on for a while
+        os.kill(int(carrier_lock(root).read_text()), signal.SIGTERM)
     with _sole_carrier(root, wait=True):
-        folders = state_folders(root)
-        results: list[dict[str, Any]] = []
-        if not folders:
-            return results
+        folders = [folder for folder in state_folders(root) if not folder.carried.get("closed")]
         store = _connect(root)
         for folder in folders:
             carrier = Carrier(folder, store)
@@ -122,6 +128,7 @@ class Carrier:
         self.run_id: str | None = note.get("run_id")
         self.experiment_id: str | None = note.get("experiment_id")
         self.closed: str | None = note.get("closed")
+        self.reason: str | None = note.get("reason")
         self.offset: int = note.get("offset", 0)
         self._ended = any(record.kind == "end" for record in read(folder.path / "journal")[0])
 
@@ -151,7 +158,13 @@ class Carrier:
         return self.run_id
 
     def _note(self) -> None:
-        self.folder.note(run_id=self.run_id, experiment_id=self.experiment_id, offset=self.offset, closed=self.closed)
+        self.folder.note(
+            run_id=self.run_id,
+            experiment_id=self.experiment_id,
+            offset=self.offset,
+            closed=self.closed,
+            reason=self.reason,
+        )
 
     def _open(self) -> None:
         run, environment, spec = self.folder.run, self.environment, self.spec
@@ -172,7 +185,9 @@ class Carrier:
         if environment["git_commit"]:
             tags["mlflow.source.git.commit"] = environment["git_commit"]
         self.experiment_id = self.store.experiment(spec.tracking.experiment)
-        self.run_id = self.store.create_run(self.experiment_id, run["key"], run["name"], run["started_ms"], spec, tags, environment["data_digest"])
+        self.run_id = self.store.create_run(
+            self.experiment_id, run["key"], run["name"], run["started_ms"], spec, tags, environment["data_digest"]
+        )
         self._note()
 
     def _close(self) -> None:
@@ -181,7 +196,7 @@ class Carrier:
         status = end["status"] if end else "KILLED"
         reason = end["reason"] if end else "the process ended without a word (kill -9, out of memory or power loss)"
         if self.store.is_deleted(self._run_id):
-            self.closed = "DELETED"
+            self.closed, self.reason = "DELETED", "the run was deleted in MLflow"
             self._note()
             return
         expected = Counter(point.key for record in records for point in points(self.spec, record))
@@ -191,19 +206,34 @@ class Carrier:
         if reason:
             tags["reason"] = reason[:500]
         if final:
-            tags |= {key: str(final.fields[key]) for key in ("weights", "collapsed_at", "stopped_early_at") if final.fields[key] is not None}
+            tags |= {
+                key: str(final.fields[key])
+                for key in ("weights", "collapsed_at", "stopped_early_at")
+                if final.fields[key] is not None
+            }
         with tempfile.TemporaryDirectory(prefix="fmnist-") as folder:
+            if end and end.get("traceback"):
+                (Path(folder) / "traceback.txt").write_text(end["traceback"], encoding="utf-8")
             tags["manifest_sha256"] = self._gather(Path(folder), records)
             self.store.log_artifacts(self._run_id, Path(folder))
         if final:
             self._log_model(final)
         self.store.set_tags(self._run_id, tags)
-        ended = end["t"] if end else max([self.folder.run["started_ms"]] + [record.fields.get("t1", record.fields.get("t", 0)) for record in records])
+        ended = (
+            end["t"]
+            if end
+            else max(
+                [self.folder.run["started_ms"]]
+                + [record.fields.get("t1", record.fields.get("t", 0)) for record in records]
+            )
+        )
         self.store.close_run(self._run_id, status, ended)
-        self.closed = status
+        self.closed, self.reason = status, reason
         self._note()
 
-    def _check_counts(self, records: list[Record], expected: "Counter[str]", status: str, reason: str | None) -> tuple[str, str | None]:
+    def _check_counts(
+        self, records: list[Record], expected: "Counter[str]", status: str, reason: str | None
+    ) -> tuple[str, str | None]:
         """No run is FINISHED before the store holds every point: what is missing is sent again once."""
         stored = self.store.count(self._run_id, expected)
         if stored != dict(expected):
@@ -226,29 +256,62 @@ class Carrier:
         figures = folder / "figures"
         figures.mkdir()
         if frame["val/loss"].notna().any():
-            best = next((int(record.fields["metrics"]["best/step"]) for record in records if record.kind == "final"), None)
-            plots.learning_curves(frame, self.folder.run["name"], self.spec.steps_per_epoch, best).savefig(figures / "learning_curves.png")
+            best = next(
+                (int(record.fields["metrics"]["best/step"]) for record in records if record.kind == "final"), None
+            )
+            plots.learning_curves(frame, self.folder.run["name"], self.spec.steps_per_epoch, best).savefig(
+                figures / "learning_curves.png"
+            )
         if (self.folder.path / "predictions.npz").exists():
             predictions = _predictions(self.folder.path / "predictions.npz")
             predictions.to_parquet(folder / "predictions.parquet", index=False)
             selected = predictions[predictions["split"] == "val"]
             predicted = selected.filter(like="logit_").to_numpy().argmax(1)
-            plots.confusion_matrix(selected["label"].to_numpy(), predicted, self.folder.run["name"]).savefig(figures / "confusion_matrix.png")
-        digests = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*.*"))}
+            plots.confusion_matrix(selected["label"].to_numpy(), predicted, self.folder.run["name"]).savefig(
+                figures / "confusion_matrix.png"
+            )
+        digests = {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*.*"))
+        }
         manifest = json.dumps(digests, indent=2).encode()
         (folder / "manifest.json").write_bytes(manifest)
         return hashlib.sha256(manifest).hexdigest()
 
+    def rehearse(self) -> None:
+        """Do the slow first calls of closing a run into a scratch folder: they import for seconds, best spent while it trains."""
+        from fmnist import plots, tracking
+
+        with tempfile.TemporaryDirectory(prefix="fmnist-") as folder:
+            frame = curves(self.spec, read(self.folder.path / "journal")[0])
+            frame.to_parquet(Path(folder) / "curves.parquet")
+            plots.learning_curves(frame, "", self.spec.steps_per_epoch, None).savefig(Path(folder) / "curves.png")
+            module, images = self._servable(None)
+            tracking.save_model(module, images, Path(folder) / "model")
+
     def _log_model(self, final: Record) -> None:
-        from fmnist import checkpoint, data, model
+        from fmnist import checkpoint
 
         state = checkpoint.load(self.folder.path / "checkpoint.pt", self.spec)
-        network = model.build(self.spec.model, self.spec.train.seed)
-        model.set_parameters(network, state["parameters"])
-        module = model.Servable(network, *data.normalization(self.spec.data)).eval()
-        raw = data.raw_images(self.store.root, 2)
+        module, images = self._servable(state["parameters"])
         metrics = {key: value for key, value in final.fields["metrics"].items() if key.startswith(("last/", "test/"))}
-        self.store.log_model(self._run_id, module, raw, state["step"], metrics, final.fields["t"])
+        self.store.log_model(self._run_id, module, images, state["step"], metrics, final.fields["t"])
+
+    def _servable(self, parameters: Any) -> tuple[Any, Any]:
+        """The model that takes raw images, with these parameters or fresh ones; and two such images."""
+        import torch
+
+        from fmnist import data, model
+
+        torch.set_num_threads(1)  # the trainer is at work beside us
+        network = model.build(self.spec.model, self.spec.train.seed)
+        if parameters is not None:
+            # vector_to_parameters would leave views of one tensor, which torch.export then has to take apart.
+            with torch.no_grad():
+                sizes = [parameter.numel() for parameter in network.parameters()]
+                for parameter, values in zip(network.parameters(), parameters.split(sizes), strict=True):
+                    parameter.copy_(values.view_as(parameter))
+        return model.Servable(network, *data.normalization(self.spec.data)).eval(), data.raw_images(self.store.root, 2)
 
 
 def _predictions(path: Path) -> "pd.DataFrame":
@@ -266,7 +329,9 @@ def _predictions(path: Path) -> "pd.DataFrame":
     return pd.concat(frames, ignore_index=True)
 
 
-def _description(spec: "ExperimentSpec", status: str, reason: str | None, final: Record | None, environment: dict[str, Any]) -> str:
+def _description(
+    spec: "ExperimentSpec", status: str, reason: str | None, final: Record | None, environment: dict[str, Any]
+) -> str:
     """The run's page in MLflow: what was asked, what came out, how to repeat it."""
     lines = [spec.question, ""] if spec.question else []
     if reason:
@@ -274,14 +339,25 @@ def _description(spec: "ExperimentSpec", status: str, reason: str | None, final:
     if final:
         metrics = final.fields["metrics"]
         lines += ["| | validation accuracy | validation loss |", "|---|---|---|"]
-        lines += [f"| best (step {metrics['best/step']:,.0f}) | {metrics['best/val_accuracy']:.4f} | {metrics['best/val_loss']:.4f} |"]
-        lines += [f"| {final.fields['weights']} weights | {metrics['last/val_accuracy']:.4f} | {metrics['last/val_loss']:.4f} |", ""]
+        lines += [
+            f"| best (step {metrics['best/step']:,.0f}) | {metrics['best/val_accuracy']:.4f} | {metrics['best/val_loss']:.4f} |"
+        ]
+        lines += [
+            f"| {final.fields['weights']} weights | {metrics['last/val_accuracy']:.4f} | {metrics['last/val_loss']:.4f} |",
+            "",
+        ]
         if "test/accuracy" in metrics:
-            lines += [f"Test accuracy, read once at the end: {metrics['test/accuracy']:.4f}, loss {metrics['test/loss']:.4f}.", ""]
+            lines += [
+                f"Test accuracy, read once at the end: {metrics['test/accuracy']:.4f}, loss {metrics['test/loss']:.4f}.",
+                "",
+            ]
         else:
             lines += ["Validation is the test set here, so a choice made by these numbers is made on the test set.", ""]
         if final.fields["collapsed_at"] is not None:
-            lines += [f"**Collapsed**: from step {final.fields['collapsed_at']:,} or before, it guesses (loss about ln 10, accuracy about 0.1).", ""]
+            lines += [
+                f"**Collapsed**: from step {final.fields['collapsed_at']:,} or before, it guesses (loss about ln 10, accuracy about 0.1).",
+                "",
+            ]
         lines += [f"Training took {final.fields['training_s']:.1f} s."]
     return "\n".join([*lines, f"Repeat: `{environment['command']}`"])
 

@@ -11,12 +11,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fmnist.errors import SpecError
+from fmnist.errors import SpecError, StoreError
 
 TRAIN_IMAGES = 60_000
 TEST_IMAGES = 10_000
@@ -31,7 +32,9 @@ MAX_FILE_BYTES = 100_000
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Data(Section):
@@ -45,9 +48,14 @@ class Data(Section):
 
 class MLP(Section):
     type: Literal["mlp"] = "mlp"
-    hidden: tuple[Annotated[int, Field(ge=1, le=16_384)], ...] = Field((300, 100), max_length=16, strict=False)
+    hidden: tuple[Annotated[int, Field(ge=1, le=16_384)], ...] = Field(default=(300, 100), max_length=16, strict=False)
     """Units of each hidden layer, input side first."""
     activation: Literal["relu", "tanh", "sigmoid"] = "relu"
+
+    @property
+    def parameters(self) -> int:
+        widths = [PIXELS, *self.hidden, CLASSES]
+        return sum((inputs + 1) * outputs for inputs, outputs in pairwise(widths))
 
 
 class Update(Section):
@@ -69,7 +77,9 @@ class SGD(Update):
 
 
 class Adaptive(Update):
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field((0.9, 0.999), strict=False)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.999), strict=False
+    )
     """Decay of the running means of the gradient and of its square, per step."""
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
 
@@ -178,7 +188,9 @@ class ExperimentSpec(Section):
     def _fits_together(self) -> "ExperimentSpec":
         check_name(self.name)
         if self.train.batch_size > self.train_images:
-            raise ValueError(f"train.batch_size: {self.train.batch_size} is more than the {self.train_images} images trained on; give at most that")
+            raise ValueError(
+                f"train.batch_size: {self.train.batch_size} is more than the {self.train_images} images trained on; give at most that"
+            )
         if self.schedule.warmup_steps >= self.steps:
             raise ValueError(
                 f"schedule.warmup_steps: {self.schedule.warmup_steps} leaves nothing of the run's {self.steps} steps; give fewer, or more epochs"
@@ -268,7 +280,7 @@ def plan(spec: ExperimentSpec) -> list[Segment]:
     """Every step of the run once, cut where it is evaluated and at least each SEGMENT_STEPS; the first segment evaluates at step 0."""
     evaluations = {*range(0, spec.steps, spec.train.eval_every), spec.steps}
     cuts = sorted(evaluations | set(range(0, spec.steps, SEGMENT_STEPS)))
-    return [Segment(0, 0, True)] + [Segment(start, stop, stop in evaluations) for start, stop in zip(cuts, cuts[1:], strict=False)]
+    return [Segment(0, 0, True)] + [Segment(start, stop, stop in evaluations) for start, stop in pairwise(cuts)]
 
 
 # ---- from YAML to a spec
@@ -297,7 +309,11 @@ class Resolved:
     def display_name(self) -> str:
         """The spec's name, each overridden leaf, and the seed where it isn't the file's own: 'baseline lr=0.01 s3'."""
         flat = self.spec.flat()
-        changes = [f"{path.rpartition('.')[2]}={flat.get(path)}" for path in self.overridden if path not in ("train.seed", "name", "question")]
+        changes = [
+            f"{path.rpartition('.')[2]}={flat.get(path)}"
+            for path in self.overridden
+            if path not in ("train.seed", "name", "question")
+        ]
         seed = [f"s{self.spec.train.seed}"] if "train.seed" in self.overridden else []
         return " ".join([self.spec.name, *changes, *seed])
 
@@ -306,6 +322,21 @@ def home() -> Path:
     """The folder that holds experiments/, data/, mlruns/ and reports/: FMNIST_HOME, else the one above this package."""
     given = os.environ.get("FMNIST_HOME")
     return Path(given).resolve() if given else Path(__file__).resolve().parent.parent
+
+
+def tracking_server() -> str | None:
+    """The MLflow server of MLFLOW_TRACKING_URI, or None for the local store; raises StoreError where it is no http(s) address."""
+    given = os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
+    if given and not re.match(r"https?://[^/]", given):
+        raise StoreError(
+            f"MLFLOW_TRACKING_URI: given {redacted(given)!r}; give an http:// or https:// server, or unset it for the local store"
+        )
+    return given or None
+
+
+def redacted(uri: str) -> str:
+    """A URI without the user and password in it."""
+    return re.sub(r"//[^/@]*@", "//", uri)
 
 
 def names(root: Path) -> list[str]:
@@ -354,12 +385,16 @@ def _file_layers(name: str, folder: Path, children: tuple[str, ...]) -> list[Lay
     """The layers of a file and its parents, furthest parent first."""
     if name in children:
         chain = " -> ".join((*children[children.index(name) :], name))
-        raise SpecError(f"experiments/{children[-1]}.yaml: extends: {chain} is a cycle; an experiment can't extend itself")
+        raise SpecError(
+            f"experiments/{children[-1]}.yaml: extends: {chain} is a cycle; an experiment can't extend itself"
+        )
     path = folder / f"{name}.yaml"
     if not path.is_file():
         known = names(folder.parent)
         where = f"experiments/{children[-1]}.yaml: extends: " if children else ""
-        raise SpecError(f"{where}unknown experiment {name!r}{_nearest(name, known)}; there are: {', '.join(known) or f'none in {folder}'}")
+        raise SpecError(
+            f"{where}unknown experiment {name!r}{_nearest(name, known)}; there are: {', '.join(known) or f'none in {folder}'}"
+        )
     place = f"experiments/{path.name}"
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -397,7 +432,13 @@ def _override_layer(overrides: Sequence[str]) -> Layer:
     return values, origins
 
 
-def _merge(into: dict[str, Any], layer: Mapping[str, Any], origins: dict[str, Origin], places: Mapping[str, Origin], path: str = "") -> None:
+def _merge(
+    into: dict[str, Any],
+    layer: Mapping[str, Any],
+    origins: dict[str, Origin],
+    places: Mapping[str, Origin],
+    path: str = "",
+) -> None:
     """Lay `layer` over `into`: mappings merge, all else is replaced; a section of another `type` starts from that type's defaults."""
     for key, value in layer.items():
         here = f"{path}{key}"
@@ -434,7 +475,9 @@ def _read_yaml(text: str, place: str) -> Layer:
     if root is None:
         return {}, {}
     if not isinstance(root, CommentedMap):
-        raise SpecError(f"{place}: given {type(root).__name__}; an experiment is a mapping of sections, as in experiments/baseline.yaml")
+        raise SpecError(
+            f"{place}: given {type(root).__name__}; an experiment is a mapping of sections, as in experiments/baseline.yaml"
+        )
     origins: dict[str, Origin] = {}
 
     def plain(node: Any, path: str, depth: int = 0) -> Any:
@@ -512,9 +555,16 @@ def _keys_at(keys: Sequence[str], tree: Mapping[str, Any]) -> list[str]:
     for key in keys:
         values = values.get(key) if isinstance(values, Mapping) else None
         annotation = model.model_fields[key].annotation
-        sections = [part for part in get_args(annotation) or (annotation,) if isinstance(part, type) and issubclass(part, BaseModel)]
+        sections = [
+            part
+            for part in get_args(annotation) or (annotation,)
+            if isinstance(part, type) and issubclass(part, BaseModel)
+        ]
         tag = values.get("type") if isinstance(values, Mapping) else None
-        model = next((part for part in sections if "type" in part.model_fields and part.model_fields["type"].default == tag), sections[0])
+        model = next(
+            (part for part in sections if "type" in part.model_fields and part.model_fields["type"].default == tag),
+            sections[0],
+        )
     return [*(["extends"] if not keys else []), *model.model_fields]
 
 
@@ -547,6 +597,10 @@ def file_schema() -> dict[str, Any]:
 
     schema = loosen(schema)
     schema["title"] = "fmnist experiment"
-    extends = {"type": "string", "title": "Extends", "description": "Name of the experiment whose values this file starts from."}
+    extends = {
+        "type": "string",
+        "title": "Extends",
+        "description": "Name of the experiment whose values this file starts from.",
+    }
     schema["properties"] = {"extends": extends, **schema["properties"]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -31,6 +31,7 @@ SETTINGS = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_ENABLE_AI_GATEWAY": "false",
     "MLFLOW_MODEL_CATALOG_URI": "",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 BATCH = 1_000
@@ -52,28 +53,17 @@ def database(root: Path) -> Path:
 
 def uri(root: Path) -> str:
     """MLFLOW_TRACKING_URI where it is set, else this root's SQLite store."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database(root)}"
-
-
-def is_local(root: Path) -> bool:
-    return uri(root) == f"sqlite:///{database(root)}"
+    return specs.tracking_server() or f"sqlite:///{database(root)}"
 
 
 def connect(root: Path, create: bool = False) -> "Store":
     """Open the store; with `create` the local one is made if there is none. Raises StoreError where there is nothing to open."""
     os.environ.update(SETTINGS)
-    if is_local(root):
+    if specs.tracking_server() is None:
         if create:
             _ensure_database(root)
         elif not database(root).exists():
             raise StoreError(f"no runs are recorded in {root / 'mlruns'} yet; start one with: make run EXP=baseline")
-    import logging
-
-    import mlflow
-
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
-    logging.getLogger("alembic").setLevel(logging.ERROR)
-    mlflow.set_tracking_uri(uri(root))
     return Store(root)
 
 
@@ -87,12 +77,9 @@ def _ensure_database(root: Path) -> None:
             return
         partial = path.with_suffix(".db.partial")
         partial.unlink(missing_ok=True)
-        import mlflow
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-        store = SqlAlchemyStore(f"sqlite:///{partial}", str(path.parent / "artifacts"))
-        store.engine.dispose()
-        del mlflow, store
+        SqlAlchemyStore(f"sqlite:///{partial}", str(path.parent / "artifacts")).engine.dispose()
         with contextlib.closing(sqlite3.connect(partial)) as connection:
             # Readers and the writer no longer wait for each other; the setting stays with the file.
             connection.execute("PRAGMA journal_mode=WAL")
@@ -106,6 +93,7 @@ class Store:
         from mlflow import MlflowClient
 
         self.root = root
+        self.local = specs.tracking_server() is None
         self.client = MlflowClient(tracking_uri=uri(root))
 
     # ---- writing a run
@@ -116,7 +104,7 @@ class Store:
 
         found = self.client.get_experiment_by_name(name)
         if found is None:
-            location = (self.root / "mlruns" / "artifacts" / name).as_uri() if is_local(self.root) else None
+            location = (self.root / "mlruns" / "artifacts" / name).as_uri() if self.local else None
             try:
                 return str(self.client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS))
             except MlflowException:  # someone else has made it meanwhile
@@ -126,7 +114,14 @@ class Store:
         return str(found.experiment_id)
 
     def create_run(
-        self, experiment_id: str, key: str, name: str, started_ms: int, spec: specs.ExperimentSpec, tags: Mapping[str, str], data_digest: str
+        self,
+        experiment_id: str,
+        key: str,
+        name: str,
+        started_ms: int,
+        spec: specs.ExperimentSpec,
+        tags: Mapping[str, str],
+        data_digest: str,
     ) -> str:
         """The id of the run with this key: created with its parameters, tags and datasets unless an earlier attempt got that far."""
         from mlflow.entities import Param, ViewType
@@ -137,7 +132,9 @@ class Store:
         else:
             all_tags = {**tags, "run_key": key, "mlflow.source.name": "fmnist", "mlflow.source.type": "LOCAL"}
             run_id = self.client.create_run(experiment_id, started_ms, all_tags, name).info.run_id
-        parameters = [Param(path, _text(value)) for path, value in spec.flat().items() if path not in ("name", "question")]
+        parameters = [
+            Param(path, _text(value)) for path, value in spec.flat().items() if path not in ("name", "question")
+        ]
         self.client.log_batch(run_id, params=parameters)
         self.client.log_inputs(run_id, self._datasets(spec, data_digest))
         return str(run_id)
@@ -148,7 +145,10 @@ class Store:
         from mlflow.entities import DatasetInput, InputTag
 
         holdout = spec.data.holdout
-        splits = {"train": f"fashion-mnist-train-{spec.train_images}", "validation": f"fashion-mnist-{'train-held-out' if holdout else 'test'}"}
+        splits = {
+            "train": f"fashion-mnist-train-{spec.train_images}",
+            "validation": f"fashion-mnist-{'train-held-out' if holdout else 'test'}",
+        }
         if holdout:
             splits["test"] = "fashion-mnist-test"
         inputs = []
@@ -168,9 +168,13 @@ class Store:
 
     def count(self, run_id: str, keys: Iterable[str]) -> dict[str, int]:
         """How many points of each metric the store holds."""
-        if is_local(self.root):
-            with contextlib.closing(sqlite3.connect(f"file:{database(self.root)}?mode=ro", uri=True, timeout=20)) as connection:
-                rows = connection.execute("SELECT key, count(*) FROM metrics WHERE run_uuid = ? GROUP BY key", (run_id,))
+        if self.local:
+            with contextlib.closing(
+                sqlite3.connect(f"file:{database(self.root)}?mode=ro", uri=True, timeout=20)
+            ) as connection:
+                rows = connection.execute(
+                    "SELECT key, count(*) FROM metrics WHERE run_uuid = ? GROUP BY key", (run_id,)
+                )
                 stored = dict(rows.fetchall())
             return {key: stored.get(key, 0) for key in keys}
         return {key: len(self.client.get_metric_history(run_id, key)) for key in keys}
@@ -183,50 +187,44 @@ class Store:
     def log_artifacts(self, run_id: str, folder: Path) -> None:
         self.client.log_artifacts(run_id, str(folder))
 
-    def log_model(self, run_id: str, module: Any, example: np.ndarray, step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
-        """Log a torch module that takes raw images as an exported program: it loads without this package and without unpickling code.
-
-        `example` is uint8 [B, 28, 28] with B above 1, else torch.export would freeze the batch size.
-        """
-        import importlib.metadata
-
-        import mlflow.pytorch
+    def log_model(
+        self, run_id: str, module: Any, example: np.ndarray, step: int, metrics: Mapping[str, float], timestamp_ms: int
+    ) -> None:
+        """Log a module (see save_model) as the run's model, with the metrics it earned."""
         from mlflow.entities import LoggedModelOutput, Metric
-        from mlflow.models import Model, ModelSignature
-        from mlflow.types import Schema, TensorSpec
 
         run = self.client.get_run(run_id)
         if run.outputs and run.outputs.model_outputs:
             return  # an earlier attempt got that far
-        signature = ModelSignature(
-            Schema([TensorSpec(np.dtype(np.uint8), (-1, 28, 28))]), Schema([TensorSpec(np.dtype(np.float32), (-1, specs.CLASSES))])
-        )
-        requirements = [f"{package}=={importlib.metadata.version(package)}" for package in ("mlflow", "torch", "numpy")]
         # mlflow.pytorch.log_model would read the whole metric history of the run back; the calls below it don't.
-        logged = self.client.create_logged_model(run.info.experiment_id, "model", run_id, params=run.data.params, model_type="classifier")
+        logged = self.client.create_logged_model(
+            run.info.experiment_id, "model", run_id, params=run.data.params, model_type="classifier"
+        )
         with tempfile.TemporaryDirectory() as folder:
-            described = Model(artifact_path=logged.artifact_location, run_id=run_id, model_uuid=logged.model_id, model_id=logged.model_id)
-            path = Path(folder) / "model"
-            mlflow.pytorch.save_model(
-                module,
-                path,
-                mlflow_model=described,
-                signature=signature,
-                input_example=example,
-                pip_requirements=requirements,
-                serialization_format="pt2",
-            )
-            self.client.log_model_artifacts(logged.model_id, str(path))
+            identity = {
+                "artifact_path": logged.artifact_location,
+                "run_id": run_id,
+                "model_uuid": logged.model_id,
+                "model_id": logged.model_id,
+            }
+            save_model(module, example, Path(folder) / "model", identity)
+            self.client.log_model_artifacts(logged.model_id, str(Path(folder) / "model"))
         self.client.finalize_logged_model(logged.model_id, "READY")
-        linked = [Metric(key, value, timestamp_ms, 0, model_id=logged.model_id, run_id=run_id) for key, value in metrics.items()]
+        linked = [
+            Metric(key, value, timestamp_ms, 0, model_id=logged.model_id, run_id=run_id)
+            for key, value in metrics.items()
+        ]
         self.client.log_batch(run_id, metrics=linked)
         self.client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
 
     def close_run(self, run_id: str, status: str, ended_ms: int) -> None:
         """Give a run its final status and its end; then refresh the statistics without which SQLite reads charts quadratically."""
         self.client.set_terminated(run_id, status, ended_ms)
-        if is_local(self.root):
-            with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(database(self.root))) as connection:
+        if self.local:
+            with (
+                contextlib.suppress(sqlite3.OperationalError),
+                contextlib.closing(sqlite3.connect(database(self.root))) as connection,
+            ):
                 connection.execute("PRAGMA analysis_limit=400")
                 connection.execute("ANALYZE")
 
@@ -250,7 +248,13 @@ class Store:
         rows = []
         for run in self._pages(ids, "tags.kind = 'run'" + (f" and attributes.status = '{status}'" if status else "")):
             info, values = run.info, run.data
-            row = {"run_id": info.run_id, "experiment_id": info.experiment_id, "name": info.run_name, "status": info.status, "start": info.start_time}
+            row = {
+                "run_id": info.run_id,
+                "experiment_id": info.experiment_id,
+                "name": info.run_name,
+                "status": info.status,
+                "start": info.start_time,
+            }
             row |= {f"p/{key}": value for key, value in values.params.items()}
             row |= {f"m/{key}": value for key, value in values.metrics.items()}
             row |= {f"t/{key}": value for key, value in values.tags.items()}
@@ -260,7 +264,9 @@ class Store:
     def _pages(self, experiment_ids: list[str], query: str) -> Iterator[Any]:
         token = None
         while True:
-            page = self.client.search_runs(experiment_ids, query, max_results=PAGE, order_by=["attributes.start_time"], page_token=token)
+            page = self.client.search_runs(
+                experiment_ids, query, max_results=PAGE, order_by=["attributes.start_time"], page_token=token
+            )
             yield from page
             token = page.token
             if not token:
@@ -283,14 +289,41 @@ class Store:
             raise StoreError(f"run {run_id}: {artifact} can't be read: {str(error).splitlines()[0]}") from None
 
 
+def save_model(module: Any, example: np.ndarray, path: Path, identity: Mapping[str, str] | None = None) -> None:
+    """Save a torch module that takes raw images as an exported program: it loads without this package and without unpickling code.
+
+    `example` is uint8 [B, 28, 28] with B above 1, else torch.export would freeze the batch size; `identity` ties it to a run.
+    """
+    import importlib.metadata
+
+    import mlflow.pytorch
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    images, probabilities = (
+        TensorSpec(np.dtype(np.uint8), (-1, 28, 28)),
+        TensorSpec(np.dtype(np.float32), (-1, specs.CLASSES)),
+    )
+    requirements = [f"{package}=={importlib.metadata.version(package)}" for package in ("mlflow", "torch", "numpy")]
+    mlflow.pytorch.save_model(
+        module,
+        path,
+        mlflow_model=Model(**(identity or {})),
+        signature=ModelSignature(Schema([images]), Schema([probabilities])),
+        input_example=example,
+        pip_requirements=requirements,
+        serialization_format="pt2",
+    )
+
+
 def _text(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def page(root: Path, experiment_id: str | None, run_id: str | None, port: int = 5000) -> str:
+def page(experiment_id: str, run_id: str) -> str:
     """Where a run is seen: on the server, or on the one that `make ui` starts."""
-    server = uri(root) if not is_local(root) else f"http://127.0.0.1:{port}"
-    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+    server = specs.redacted(specs.tracking_server() or "http://127.0.0.1:5000")
+    return f"{server}/#/experiments/{experiment_id}/runs/{run_id}"
 
 
 def server_command(root: Path, port: int) -> list[str]:

@@ -40,7 +40,10 @@ def build(expected):
         shutil.rmtree(VENV)
     free_gb = shutil.disk_usage(ROOT).free / 1e9
     if free_gb < NEEDED_GB:
-        stop("%.1f GB are free in %s, about %d GB are needed: free some space and run the same command again" % (free_gb, ROOT, NEEDED_GB))
+        stop(
+            "%.1f GB are free in %s, about %d GB are needed: free some space and run the same command again"
+            % (free_gb, ROOT, NEEDED_GB)
+        )
     print("Building .venv from requirements.lock (once; some 6 GB, a few minutes) ...", flush=True)
     python = str(VENV / "bin" / "python")
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
@@ -52,7 +55,10 @@ def build(expected):
     )
     for command in steps:
         if subprocess.call(command) != 0:
-            stop("'%s' failed (its message is above); nothing half-built will be used: mend it and run the same command again" % " ".join(command[1:4]))
+            stop(
+                "'%s' failed (its message is above); nothing half-built will be used: mend it and run the same command again"
+                % " ".join(command[1:4])
+            )
     partial = STAMP.with_name("stamp.partial")
     partial.write_text(expected)
     partial.rename(STAMP)
@@ -61,7 +67,8 @@ def build(expected):
 def main():
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
         stop(
-            "Python %d.%d is not supported, only 3.11, 3.12 and 3.13: name one, as in `make PYTHON=python3.12 ...`" % sys.version_info[:2]
+            "Python %d.%d is not supported, only 3.11, 3.12 and 3.13: name one, as in `make PYTHON=python3.12 ...`"
+            % sys.version_info[:2]
         )
     expected = fingerprint()
     if is_whole(expected):

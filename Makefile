@@ -1,0 +1,49 @@
+# Every target sets up what it needs: a clean clone and Python 3.11 to 3.13 are enough.
+PYTHON ?= python3
+EXP ?= baseline
+PORT ?= 5000
+FMNIST := .venv/bin/fmnist
+.DEFAULT_GOAL := help
+.PHONY: help setup data run show list ui report sync test check bench lock clean
+
+help:  ## print the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup:  ## build .venv from requirements.lock, if it is not there yet
+	@$(PYTHON) tools/bootstrap.py
+
+data: setup  ## fetch and verify Fashion-MNIST
+	@$(FMNIST) data
+
+run: setup  ## train and record an experiment: make run EXP=baseline SET="optimizer.lr=0.01 train.seed=3"
+	@$(FMNIST) run $(EXP) $(foreach field,$(SET),--set '$(field)')
+
+show: setup  ## print what an experiment would do: make show EXP=epochs-40
+	@$(FMNIST) show $(EXP) $(foreach field,$(SET),--set '$(field)')
+
+list: setup  ## list the experiments
+	@$(FMNIST) list
+
+ui: setup  ## MLflow on 127.0.0.1: make ui PORT=5000
+	@$(FMNIST) ui --port $(PORT)
+
+report: setup  ## reports/: figures of every run, overlays, a table; RUNS="epochs-40 baseline" for some
+	@$(FMNIST) report $(RUNS)
+
+sync: setup  ## carry runs that are only on disk into MLflow
+	@$(FMNIST) sync
+
+test: data  ## all tests, some minutes
+	@.venv/bin/pytest
+
+check: setup  ## lint, types, formatting, the JSON Schema of the experiments
+	@.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy && $(FMNIST) schema
+
+bench: data  ## time a run against the same run with --no-sync, side by side
+	@.venv/bin/python benchmarks/whole_run.py
+
+lock: setup  ## compile requirements.lock anew from pyproject.toml (needs uv)
+	@uv pip compile --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 --extra dev pyproject.toml -o requirements.lock
+
+clean:  ## remove .venv and caches; never mlruns/ or data/
+	@rm -rf .venv .venv.lock build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info && find . -name __pycache__ -not -path './data/*' -not -path './mlruns/*' -prune -exec rm -rf {} +
