@@ -42,11 +42,7 @@ def main() -> None:
 
 def _tell(text: str) -> None:
     """For people: on stderr, so that stdout holds results only."""
-    print(
-        "\n".join(f"fmnist: {line}" if not line.startswith(" ") else line for line in text.splitlines()),
-        file=sys.stderr,
-        flush=True,
-    )
+    print("\n".join(f"fmnist: {line}" if not line.startswith(" ") else line for line in text.splitlines()), file=sys.stderr, flush=True)
 
 
 def _print_json(value: Any) -> None:
@@ -58,16 +54,10 @@ def _complete_experiment(incomplete: str) -> list[str]:
 
 
 Experiment = Annotated[
-    str,
-    typer.Argument(
-        metavar="EXP", help="An experiment: the name of a file in experiments/.", autocompletion=_complete_experiment
-    ),
+    str, typer.Argument(metavar="EXP", help="An experiment: the name of a file in experiments/.", autocompletion=_complete_experiment)
 ]
 Overrides = Annotated[
-    list[str],
-    typer.Option(
-        "--set", "-s", metavar="KEY=VALUE", help="Set a field of the spec, as in optimizer.lr=0.01; repeatable."
-    ),
+    list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set a field of the spec, as in optimizer.lr=0.01; repeatable.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
@@ -79,9 +69,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 def run(
     exp: Experiment,
     overrides: Overrides = [],
-    no_sync: Annotated[
-        bool, typer.Option("--no-sync", help="Leave the run on disk for a later `fmnist sync`.")
-    ] = False,
+    no_sync: Annotated[bool, typer.Option("--no-sync", help="Leave the run on disk for a later `fmnist sync`.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train an experiment and record it."""
@@ -147,9 +135,7 @@ def _summarise(outcome: "Outcome", as_json: bool) -> None:
         if "test/accuracy" in metrics:
             lines += [f"test accuracy, read once: {metrics['test/accuracy']:.4f}, loss {metrics['test/loss']:.4f}"]
         else:
-            lines += [
-                "validation is the test set here (data.holdout: null): don't choose by it what you then report on it"
-            ]
+            lines += ["validation is the test set here (data.holdout: null): don't choose by it what you then report on it"]
     if outcome.stopped_early_at is not None:
         lines += [f"stopped early at step {outcome.stopped_early_at:,}"]
     if outcome.collapsed_at is not None:
@@ -159,9 +145,7 @@ def _summarise(outcome: "Outcome", as_json: bool) -> None:
     rate = f" ({outcome.steps / outcome.training_s:,.0f} steps/s)" if outcome.training_s else ""
     if outcome.reason:
         _tell(outcome.reason)
-    lines += [
-        f"{outcome.status}: {outcome.steps:,} steps in {outcome.training_s:.1f} s{rate}, {outcome.total_s:.1f} s in all"
-    ]
+    lines += [f"{outcome.status}: {outcome.steps:,} steps in {outcome.training_s:.1f} s{rate}, {outcome.total_s:.1f} s in all"]
     if outcome.unsynced:
         lines += [f"not in MLflow yet: {outcome.unsynced}; `fmnist sync` carries it over"]
     if link:
@@ -180,11 +164,10 @@ def show(exp: Experiment, overrides: Overrides = [], as_json: Json = False) -> N
     resolved = specs.load(exp, overrides)
     spec, would = resolved.spec, _plan_summary(resolved.spec)
     if as_json:
-        origins = {path: str(origin) for path, origin in resolved.origins.items()}
         _print_json(
             {
                 "spec": spec.model_dump(mode="json"),
-                "origins": origins,
+                "origins": resolved.origins,
                 "fingerprint": spec.fingerprint,
                 "group": spec.group,
                 "plan": would,
@@ -192,10 +175,7 @@ def show(exp: Experiment, overrides: Overrides = [], as_json: Json = False) -> N
         )
         return
     flat = spec.flat()
-    wide, widest = (
-        max(map(len, flat)),
-        max(len(json.dumps(value)) for path, value in flat.items() if path != "question"),
-    )
+    wide, widest = (max(map(len, flat)), max(len(json.dumps(value)) for path, value in flat.items() if path != "question"))
     for path, value in flat.items():
         text = json.dumps(value, ensure_ascii=False)
         print(f"{path:<{wide}}  {text:<{widest}}  {_origin(path, resolved, value)}")
@@ -207,7 +187,7 @@ def show(exp: Experiment, overrides: Overrides = [], as_json: Json = False) -> N
 
 def _origin(path: str, resolved: specs.Resolved, value: Any) -> str:
     if path in resolved.origins:
-        return str(resolved.origins[path])
+        return resolved.origins[path]
     return "the file's name" if path == "name" else "default"
 
 
@@ -242,9 +222,7 @@ def list_experiments(as_json: Json = False) -> None:
         _print_json({"experiments": rows})
         return
     if not rows:
-        raise UserError(
-            f"no experiments in {root / 'experiments'}; FMNIST_HOME names the folder that holds experiments/"
-        )
+        raise UserError(f"no experiments in {root / 'experiments'}; FMNIST_HOME names the folder that holds experiments/")
     wide = max(len(str(row["name"])) for row in rows)
     for row in rows:
         print(
@@ -277,9 +255,7 @@ def sync(as_json: Json = False) -> None:
     try:
         done = sidecar.sync(specs.home(), _tell)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"the store did not take the runs: {str(error).splitlines()[0]}; they stay on disk, try again"
-        ) from None
+        raise UserError(f"the store did not take the runs: {str(error).splitlines()[0]}; they stay on disk, try again") from None
     if as_json:
         _print_json({"runs": done})
     elif not done:
@@ -288,9 +264,7 @@ def sync(as_json: Json = False) -> None:
 
 @app.command()
 def report(
-    runs: Annotated[
-        list[str], typer.Argument(help="Runs by name, id or experiment; all finished ones if none is given.")
-    ] = [],
+    runs: Annotated[list[str], typer.Argument(help="Runs by name, id or experiment; all finished ones if none is given.")] = [],
     as_json: Json = False,
 ) -> None:
     """Write reports/: each run's figures, overlays, and a table of what differs."""
@@ -302,11 +276,7 @@ def report(
     if as_json:
         files = [str(path) for path in written.files]
         _print_json(
-            {
-                "runs": [dict(zip(written.columns, row, strict=True)) for row in written.rows],
-                "files": files,
-                "notes": written.notes,
-            }
+            {"runs": [dict(zip(written.columns, row, strict=True)) for row in written.rows], "files": files, "notes": written.notes}
         )
         return
     from rich.console import Console
@@ -336,18 +306,12 @@ def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)
         )
     if not _is_free(port):
         other = next(candidate for candidate in range(port + 1, 65536) if _is_free(candidate))
-        raise UserError(
-            f"port {port} on 127.0.0.1 is taken, perhaps by another `make ui`; port {other} is free: make ui PORT={other}"
-        )
+        raise UserError(f"port {port} on 127.0.0.1 is taken, perhaps by another `make ui`; port {other} is free: make ui PORT={other}")
     tracking.connect(root, create=True).experiment(specs.Tracking().experiment)
     log = root / "mlruns" / "ui.log"
     with open(log, "wb") as output:
         server = subprocess.Popen(
-            tracking.server_command(root, port),
-            env={**os.environ, **tracking.SETTINGS},
-            stdout=output,
-            stderr=output,
-            cwd=root,
+            tracking.server_command(root, port), env={**os.environ, **tracking.SETTINGS}, stdout=output, stderr=output, cwd=root
         )
     try:
         _wait_until_up(server, port, log)

@@ -215,13 +215,7 @@ def load(spec: specs.Data, root: Path, device: torch.device, say: Callable[[str]
 
     def split(images: np.ndarray, labels: np.ndarray, index: np.ndarray) -> Split:
         # One copy of the pixels, made by float(); the rest is in place.
-        pixels = (
-            torch.from_numpy(images[index] if len(index) < len(images) else images)
-            .to(device)
-            .float()
-            .sub_(shift)
-            .mul_(scale)
-        )
+        pixels = torch.from_numpy(images[index] if len(index) < len(images) else images).to(device).float().sub_(shift).mul_(scale)
         return Split(pixels, torch.from_numpy(labels[index].astype(np.int64)).to(device), index)
 
     images, labels = _read(root, "train")

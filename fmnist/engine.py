@@ -39,9 +39,7 @@ def device(compute: specs.Compute) -> torch.device:
     """The device a spec asks for, with the thread count set; raises ValueError where there is no such device."""
     torch.set_num_threads(compute.threads)
     if compute.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "compute.device: cuda was asked for and this machine has no usable CUDA device; give cpu or auto"
-        )
+        raise ValueError("compute.device: cuda was asked for and this machine has no usable CUDA device; give cpu or auto")
     return torch.device("cuda" if compute.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -112,9 +110,7 @@ class Engine:
             self._epoch = epoch
         return self._order[batch * self.spec.train.batch_size : (batch + 1) * self.spec.train.batch_size]
 
-    def _gradient(
-        self, batch: int, parameters: list[Tensor], gradients: list[Tensor]
-    ) -> "model.MLPGradient | AutogradGradient":
+    def _gradient(self, batch: int, parameters: list[Tensor], gradients: list[Tensor]) -> "model.MLPGradient | AutogradGradient":
         match self.module:
             case model.MLP(activation=activation):
                 return model.MLPGradient(activation, parameters, gradients, batch)

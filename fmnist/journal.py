@@ -98,9 +98,7 @@ class Journal:
         self.folder, self._lock, self._file = folder, lock, file
 
     @classmethod
-    def create(
-        cls, root: Path, spec: specs.ExperimentSpec, display_name: str, environment: dict[str, Any], carry: bool
-    ) -> Self:
+    def create(cls, root: Path, spec: specs.ExperimentSpec, display_name: str, environment: dict[str, Any], carry: bool) -> Self:
         """Start a run; with `carry` false only `fmnist sync` takes it to MLflow. Raises OSError where mlruns/ can't be written."""
         state = state_folder(root)
         started = now_ms()
@@ -127,17 +125,9 @@ class Journal:
         folder = state / unique
         return cls(folder, lock, os.open(folder / "journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC))
 
-    def train(
-        self, first: int, arrays: dict[str, np.ndarray], started_ms: int, ended_ms: int, elapsed_s: float
-    ) -> None:
+    def train(self, first: int, arrays: dict[str, np.ndarray], started_ms: int, ended_ms: int, elapsed_s: float) -> None:
         """Append the steps from `first` on, done between the two times; `elapsed_s` is the training time up to the last of them."""
-        fields = {
-            "first": first,
-            "count": len(arrays["loss"]),
-            "t0": started_ms,
-            "t1": ended_ms,
-            "elapsed_s": elapsed_s,
-        }
+        fields = {"first": first, "count": len(arrays["loss"]), "t0": started_ms, "t1": ended_ms, "elapsed_s": elapsed_s}
         data = b"".join(arrays[name].astype(dtype).tobytes() for name, dtype in ARRAYS.items())
         self._append("train", fields, data)
 

@@ -20,12 +20,7 @@ def buffers(optimizer: specs.SGD | specs.Adam | specs.AdamW, parameters: Tensor)
 
 
 def update(
-    optimizer: specs.SGD | specs.Adam | specs.AdamW,
-    parameters: Tensor,
-    gradients: Tensor,
-    carried: dict[str, Tensor],
-    lr: float,
-    step: int,
+    optimizer: specs.SGD | specs.Adam | specs.AdamW, parameters: Tensor, gradients: Tensor, carried: dict[str, Tensor], lr: float, step: int
 ) -> None:
     """Update number `step` (from 1) of the flat parameters, in place; the gradients are used up as scratch memory.
 

@@ -27,11 +27,7 @@ def learning_curves(frame: "pd.DataFrame", title: str, steps_per_epoch: int, bes
     figure = Figure(figsize=(12, 5), dpi=DPI, layout="constrained")
     figure.suptitle(title)
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        train = (
-            frame[["step", f"train/{name}"]].dropna()
-            if f"train/{name}" in frame
-            else frame[:0].assign(**{f"train/{name}": []})
-        )
+        train = frame[["step", f"train/{name}"]].dropna() if f"train/{name}" in frame else frame[:0].assign(**{f"train/{name}": []})
         window = smoothing_window(len(train))
         values = train[f"train/{name}"].to_numpy()
         smooth = smoothed(values, window)
@@ -45,14 +41,7 @@ def learning_curves(frame: "pd.DataFrame", title: str, steps_per_epoch: int, bes
             value = best[f"val/{name}"].iloc[0]
             label = f"best: {value:.4f} at step {best_step:,}"
             axes.plot(
-                best["step"],
-                [value],
-                color=VALIDATION,
-                marker="*",
-                markersize=13,
-                markeredgecolor="black",
-                linestyle="none",
-                label=label,
+                best["step"], [value], color=VALIDATION, marker="*", markersize=13, markeredgecolor="black", linestyle="none", label=label
             )
         _limits(axes, name, np.concatenate([smooth, val[f"val/{name}"].to_numpy()]))
         _step_axis(axes, steps_per_epoch)
@@ -125,9 +114,7 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, title: str) -> F
     axes.set_yticks(range(len(CLASSES)), CLASSES)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    axes.set_title(
-        f"{title}\naccuracy {np.trace(counts) / max(1, counts.sum()):.4f} on {counts.sum():,} validation images"
-    )
+    axes.set_title(f"{title}\naccuracy {np.trace(counts) / max(1, counts.sum()):.4f} on {counts.sum():,} validation images")
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     return figure
 
@@ -150,15 +137,11 @@ def overlay(curves: Mapping[str, "pd.DataFrame"]) -> Figure:
                     values = smoothed(values, window)
                 thin = max(1, len(values) // RAW_POINTS)
                 colour, line = _style(index)
-                axes.plot(
-                    points["step"][::thin], values[::thin], color=colour, linestyle=line, label=label, linewidth=1.3
-                )
+                axes.plot(points["step"][::thin], values[::thin], color=colour, linestyle=line, label=label, linewidth=1.3)
                 shown.append(values[len(values) // 10 :])
             _limits(axes, name, np.concatenate(shown))
             _step_axis(axes, None)
-            axes.set_title(
-                f"{f'training {name}, mean of {window} steps' if split == 'train' else f'validation {name}'}"
-            )
+            axes.set_title(f"{f'training {name}, mean of {window} steps' if split == 'train' else f'validation {name}'}")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=9)
     return figure

@@ -86,16 +86,11 @@ def _select(runs: "pd.DataFrame", wanted: Sequence[str]) -> "pd.DataFrame":
 def _labels(runs: "pd.DataFrame") -> list[str]:
     """Run names, with the start of the id where a name stands for several runs."""
     several = runs["name"].duplicated(keep=False)
-    return [
-        f"{name} {run_id[:6]}" if double else name
-        for name, run_id, double in zip(runs["name"], runs["run_id"], several, strict=True)
-    ]
+    return [f"{name} {run_id[:6]}" if double else name for name, run_id, double in zip(runs["name"], runs["run_id"], several, strict=True)]
 
 
 def _file_name(label: str) -> str:
-    return "".join(character if character.isalnum() or character in "._=-" else "_" for character in label)[
-        :100
-    ].lstrip(".")
+    return "".join(character if character.isalnum() or character in "._=-" else "_" for character in label)[:100].lstrip(".")
 
 
 def _copy_figures(store: Store, run_id: str, target: Path) -> list[Path]:
@@ -110,9 +105,7 @@ def _copy_figures(store: Store, run_id: str, target: Path) -> list[Path]:
 
 def differences(runs: "pd.DataFrame", labels: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """A row per run: its label, the parameters in which the runs differ, its results."""
-    parameters = [
-        column for column in map(str, runs) if column.startswith("p/") and runs[column].fillna("-").nunique() > 1
-    ]
+    parameters = [column for column in map(str, runs) if column.startswith("p/") and runs[column].fillna("-").nunique() > 1]
     results = [column for column in RESULTS if f"m/{column}" in runs]
     columns = ["run", *(column[2:] for column in parameters), *(RESULTS[column] for column in results)]
     rows = []
@@ -122,9 +115,7 @@ def differences(runs: "pd.DataFrame", labels: Sequence[str]) -> tuple[list[str],
             "-" if value != value else f"{value:,.0f}" if column == "best/step" else f"{value:.4f}"
             for column, value in zip(results, values, strict=True)
         ]
-        rows.append(
-            [label, *("-" if run[column] != run[column] else str(run[column]) for column in parameters), *texts]
-        )
+        rows.append([label, *("-" if run[column] != run[column] else str(run[column]) for column in parameters), *texts])
     return columns, rows
 
 

@@ -73,9 +73,7 @@ class Outcome:
     """Why the run isn't in MLflow yet; None when it is."""
 
 
-def run(
-    resolved: specs.Resolved, root: Path, sync: bool, say: Callable[[str], None], watch: Callable[[Progress], None]
-) -> Outcome:
+def run(resolved: specs.Resolved, root: Path, sync: bool, say: Callable[[str], None], watch: Callable[[Progress], None]) -> Outcome:
     """Train an experiment and see it into MLflow (not with `sync` false); raises UserError before anything is written.
 
     However the training ends, by divergence, an error or a signal, what was trained is stored and the outcome says so.
@@ -323,9 +321,7 @@ def _git() -> dict[str, Any]:
 
     def git(*arguments: str) -> str | None:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            result = subprocess.run(
-                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
-            )
+            result = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True)
             return result.stdout
         return None
 
@@ -353,11 +349,7 @@ def _start_carrier(root: Path) -> "subprocess.Popen[bytes]":
     """
     with open(root / "mlruns" / "sidecar.log", "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "fmnist.sidecar", str(root)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
+            [sys.executable, "-m", "fmnist.sidecar", str(root)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
 
 
@@ -376,9 +368,7 @@ def _wait_for_carrier(root: Path, folder: Path, carrier: "subprocess.Popen[bytes
             if note.get("offset") != last:
                 quiet_since, last = time.monotonic(), note.get("offset")
             if time.monotonic() - quiet_since > CARRIER_SILENCE_S:
-                outcome.unsynced = (
-                    note.get("error") or f"nothing was carried over for {CARRIER_SILENCE_S} s; see mlruns/sidecar.log"
-                )
+                outcome.unsynced = note.get("error") or f"nothing was carried over for {CARRIER_SILENCE_S} s; see mlruns/sidecar.log"
                 return
             if carrier.poll() is not None and not is_locked(carrier_lock(root)):
                 carrier = _start_carrier(root)

@@ -158,13 +158,7 @@ class Carrier:
         return self.run_id
 
     def _note(self) -> None:
-        self.folder.note(
-            run_id=self.run_id,
-            experiment_id=self.experiment_id,
-            offset=self.offset,
-            closed=self.closed,
-            reason=self.reason,
-        )
+        self.folder.note(run_id=self.run_id, experiment_id=self.experiment_id, offset=self.offset, closed=self.closed, reason=self.reason)
 
     def _open(self) -> None:
         run, environment, spec = self.folder.run, self.environment, self.spec
@@ -207,9 +201,7 @@ class Carrier:
             tags["reason"] = reason[:500]
         if final:
             tags |= {
-                key: str(final.fields[key])
-                for key in ("weights", "collapsed_at", "stopped_early_at")
-                if final.fields[key] is not None
+                key: str(final.fields[key]) for key in ("weights", "collapsed_at", "stopped_early_at") if final.fields[key] is not None
             }
         with tempfile.TemporaryDirectory(prefix="fmnist-") as folder:
             if end and end.get("traceback"):
@@ -222,18 +214,13 @@ class Carrier:
         ended = (
             end["t"]
             if end
-            else max(
-                [self.folder.run["started_ms"]]
-                + [record.fields.get("t1", record.fields.get("t", 0)) for record in records]
-            )
+            else max([self.folder.run["started_ms"]] + [record.fields.get("t1", record.fields.get("t", 0)) for record in records])
         )
         self.store.close_run(self._run_id, status, ended)
         self.closed, self.reason = status, reason
         self._note()
 
-    def _check_counts(
-        self, records: list[Record], expected: "Counter[str]", status: str, reason: str | None
-    ) -> tuple[str, str | None]:
+    def _check_counts(self, records: list[Record], expected: "Counter[str]", status: str, reason: str | None) -> tuple[str, str | None]:
         """No run is FINISHED before the store holds every point: what is missing is sent again once."""
         stored = self.store.count(self._run_id, expected)
         if stored != dict(expected):
@@ -256,12 +243,8 @@ class Carrier:
         figures = folder / "figures"
         figures.mkdir()
         if frame["val/loss"].notna().any():
-            best = next(
-                (int(record.fields["metrics"]["best/step"]) for record in records if record.kind == "final"), None
-            )
-            plots.learning_curves(frame, self.folder.run["name"], self.spec.steps_per_epoch, best).savefig(
-                figures / "learning_curves.png"
-            )
+            best = next((int(record.fields["metrics"]["best/step"]) for record in records if record.kind == "final"), None)
+            plots.learning_curves(frame, self.folder.run["name"], self.spec.steps_per_epoch, best).savefig(figures / "learning_curves.png")
         if (self.folder.path / "predictions.npz").exists():
             predictions = _predictions(self.folder.path / "predictions.npz")
             predictions.to_parquet(folder / "predictions.parquet", index=False)
@@ -270,10 +253,7 @@ class Carrier:
             plots.confusion_matrix(selected["label"].to_numpy(), predicted, self.folder.run["name"]).savefig(
                 figures / "confusion_matrix.png"
             )
-        digests = {
-            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*.*"))
-        }
+        digests = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*.*"))}
         manifest = json.dumps(digests, indent=2).encode()
         (folder / "manifest.json").write_bytes(manifest)
         return hashlib.sha256(manifest).hexdigest()
@@ -329,9 +309,7 @@ def _predictions(path: Path) -> "pd.DataFrame":
     return pd.concat(frames, ignore_index=True)
 
 
-def _description(
-    spec: "ExperimentSpec", status: str, reason: str | None, final: Record | None, environment: dict[str, Any]
-) -> str:
+def _description(spec: "ExperimentSpec", status: str, reason: str | None, final: Record | None, environment: dict[str, Any]) -> str:
     """The run's page in MLflow: what was asked, what came out, how to repeat it."""
     lines = [spec.question, ""] if spec.question else []
     if reason:
@@ -339,18 +317,10 @@ def _description(
     if final:
         metrics = final.fields["metrics"]
         lines += ["| | validation accuracy | validation loss |", "|---|---|---|"]
-        lines += [
-            f"| best (step {metrics['best/step']:,.0f}) | {metrics['best/val_accuracy']:.4f} | {metrics['best/val_loss']:.4f} |"
-        ]
-        lines += [
-            f"| {final.fields['weights']} weights | {metrics['last/val_accuracy']:.4f} | {metrics['last/val_loss']:.4f} |",
-            "",
-        ]
+        lines += [f"| best (step {metrics['best/step']:,.0f}) | {metrics['best/val_accuracy']:.4f} | {metrics['best/val_loss']:.4f} |"]
+        lines += [f"| {final.fields['weights']} weights | {metrics['last/val_accuracy']:.4f} | {metrics['last/val_loss']:.4f} |", ""]
         if "test/accuracy" in metrics:
-            lines += [
-                f"Test accuracy, read once at the end: {metrics['test/accuracy']:.4f}, loss {metrics['test/loss']:.4f}.",
-                "",
-            ]
+            lines += [f"Test accuracy, read once at the end: {metrics['test/accuracy']:.4f}, loss {metrics['test/loss']:.4f}.", ""]
         else:
             lines += ["Validation is the test set here, so a choice made by these numbers is made on the test set.", ""]
         if final.fields["collapsed_at"] is not None:

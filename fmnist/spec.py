@@ -32,9 +32,7 @@ MAX_FILE_BYTES = 100_000
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Data(Section):
@@ -77,9 +75,7 @@ class SGD(Update):
 
 
 class Adaptive(Update):
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default=(0.9, 0.999), strict=False
-    )
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(default=(0.9, 0.999), strict=False)
     """Decay of the running means of the gradient and of its square, per step."""
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
 
@@ -286,34 +282,24 @@ def plan(spec: ExperimentSpec) -> list[Segment]:
 # ---- from YAML to a spec
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where a value was written: a file and its line, or the override as it was typed."""
-
-    place: str
-    line: int | None = None
-
-    def __str__(self) -> str:
-        return self.place if self.line is None else f"{self.place}:{self.line}"
+Origins = dict[str, str]
+"""Dotted path to where it was written: 'experiments/baseline.yaml:4', or the override as it was typed."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A spec and, for each dotted path that was written down, where."""
+    """A spec, where each value that was written down came from, and the paths that overrides set."""
 
     spec: ExperimentSpec
-    origins: Mapping[str, Origin]
+    origins: Origins
     overridden: tuple[str, ...]
 
     @property
     def display_name(self) -> str:
         """The spec's name, each overridden leaf, and the seed where it isn't the file's own: 'baseline lr=0.01 s3'."""
         flat = self.spec.flat()
-        changes = [
-            f"{path.rpartition('.')[2]}={flat.get(path)}"
-            for path in self.overridden
-            if path not in ("train.seed", "name", "question")
-        ]
+        told = [path for path in self.overridden if path not in ("train.seed", "name", "question")]
+        changes = [f"{path.rpartition('.')[2]}={flat.get(path)}" for path in told]
         seed = [f"s{self.spec.train.seed}"] if "train.seed" in self.overridden else []
         return " ".join([self.spec.name, *changes, *seed])
 
@@ -351,18 +337,18 @@ def load(name: str, overrides: Sequence[str] = (), root: Path | None = None) -> 
     root = root or home()
     layers = [*_file_layers(check_name(name), root / "experiments", ()), _override_layer(overrides)]
     tree: dict[str, Any] = {"name": name, **{section: {"type": _variants(section)[0]} for section in UNIONS}}
-    origins: dict[str, Origin] = {}
+    origins: Origins = {}
     for values, places in layers:
-        _merge(tree, values, origins, places)
+        _merge(tree, values)
+        origins |= places
     overridden = tuple(path for path, _ in _leaves(layers[-1][0]))
-    fallback = Origin(f"experiments/{name}.yaml")
-    return Resolved(_validate(tree, origins, fallback), origins, overridden)
+    return Resolved(_validate(tree, origins, f"experiments/{name}.yaml"), origins, overridden)
 
 
 def parse(text: str, place: str) -> ExperimentSpec:
     """A spec that stands alone in `text`, such as a run's stored spec.yaml; raises SpecError."""
     values, places = _read_yaml(text, place)
-    return _validate(values, places, Origin(place))
+    return _validate(values, places, place)
 
 
 def dump(spec: ExperimentSpec) -> str:
@@ -378,23 +364,19 @@ def dump(spec: ExperimentSpec) -> str:
     return "\n".join(lines) + "\n"
 
 
-Layer = tuple[dict[str, Any], dict[str, Origin]]
+Layer = tuple[dict[str, Any], Origins]
 
 
 def _file_layers(name: str, folder: Path, children: tuple[str, ...]) -> list[Layer]:
     """The layers of a file and its parents, furthest parent first."""
     if name in children:
         chain = " -> ".join((*children[children.index(name) :], name))
-        raise SpecError(
-            f"experiments/{children[-1]}.yaml: extends: {chain} is a cycle; an experiment can't extend itself"
-        )
+        raise SpecError(f"experiments/{children[-1]}.yaml: extends: {chain} is a cycle; an experiment can't extend itself")
     path = folder / f"{name}.yaml"
     if not path.is_file():
         known = names(folder.parent)
         where = f"experiments/{children[-1]}.yaml: extends: " if children else ""
-        raise SpecError(
-            f"{where}unknown experiment {name!r}{_nearest(name, known)}; there are: {', '.join(known) or f'none in {folder}'}"
-        )
+        raise SpecError(f"{where}unknown experiment {name!r}{_nearest(name, known)}; there are: {', '.join(known) or f'none in {folder}'}")
     place = f"experiments/{path.name}"
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -416,45 +398,31 @@ def _file_layers(name: str, folder: Path, children: tuple[str, ...]) -> list[Lay
 
 def _override_layer(overrides: Sequence[str]) -> Layer:
     values: dict[str, Any] = {}
-    origins: dict[str, Origin] = {}
+    origins: Origins = {}
     for override in overrides:
         path, equals, text = override.partition("=")
         keys = path.strip().split(".")
         if not equals or not all(keys):
             raise SpecError(f"--set {override}: write key.path=value, as in optimizer.lr=0.01")
         place = f"--set {override}"
-        value = _read_yaml(f"value: {text}", place)[0].get("value")
-        branch: dict[str, Any] = {keys[-1]: value}
-        for key in reversed(keys[:-1]):
-            branch = {key: branch}
-        prefixes = (".".join(keys[: depth + 1]) for depth in range(len(keys)))
-        _merge(values, branch, origins, dict.fromkeys(prefixes, Origin(place)))
+        branch: Any = _read_yaml(f"value: {text}", place)[0].get("value")
+        for depth in range(len(keys), 0, -1):
+            origins[".".join(keys[:depth])] = place
+            branch = {keys[depth - 1]: branch}
+        _merge(values, branch)
     return values, origins
 
 
-def _merge(
-    into: dict[str, Any],
-    layer: Mapping[str, Any],
-    origins: dict[str, Origin],
-    places: Mapping[str, Origin],
-    path: str = "",
-) -> None:
+def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
     """Lay `layer` over `into`: mappings merge, all else is replaced; a section of another `type` starts from that type's defaults."""
     for key, value in layer.items():
-        here = f"{path}{key}"
         below = into.get(key)
-        if isinstance(value, Mapping) and isinstance(below, Mapping):
-            if value.get("type", below.get("type")) != below.get("type"):
-                below = {}
-            into[key] = dict(below)
-            _merge(into[key], value, origins, places, f"{here}.")
-        elif isinstance(value, Mapping):
-            into[key] = {}
-            _merge(into[key], value, origins, places, f"{here}.")
+        if isinstance(value, Mapping):
+            same = isinstance(below, Mapping) and value.get("type", below.get("type")) == below.get("type")
+            into[key] = dict(below) if same else {}
+            _merge(into[key], value)
         else:
             into[key] = value
-        if here in places:
-            origins[here] = places[here]
 
 
 def _read_yaml(text: str, place: str) -> Layer:
@@ -467,7 +435,7 @@ def _read_yaml(text: str, place: str) -> Layer:
         root = YAML(typ="rt").load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark is not None and not place.startswith("--set") else ""
+        line = f":{mark.line + 1}" if mark is not None else ""
         problem = (error.problem or str(error)).splitlines()[0]
         raise SpecError(f"{place}{line}: not readable as YAML: {problem}") from None
     except (YAMLError, ValueError, RecursionError) as error:
@@ -475,17 +443,15 @@ def _read_yaml(text: str, place: str) -> Layer:
     if root is None:
         return {}, {}
     if not isinstance(root, CommentedMap):
-        raise SpecError(
-            f"{place}: given {type(root).__name__}; an experiment is a mapping of sections, as in experiments/baseline.yaml"
-        )
-    origins: dict[str, Origin] = {}
+        raise SpecError(f"{place}: given {type(root).__name__}; an experiment is a mapping of sections, as in experiments/baseline.yaml")
+    origins: Origins = {}
 
     def plain(node: Any, path: str, depth: int = 0) -> Any:
         if depth > 8:
             raise SpecError(f"{place}: {path[:60]}: nested more than 8 deep; a spec has at most 3 levels")
         if isinstance(node, CommentedMap):
             for key in node:
-                origins[f"{path}{key}"] = Origin(place, None if place.startswith("--set") else node.lc.key(key)[0] + 1)
+                origins[f"{path}{key}"] = f"{place}:{node.lc.key(key)[0] + 1}"
             return {str(key): plain(value, f"{path}{key}.", depth + 1) for key, value in node.items()}
         if isinstance(node, list):
             return [plain(item, path, depth + 1) for item in node]
@@ -509,7 +475,7 @@ def _variants(section: str) -> list[str]:
     return [variant.model_fields["type"].default for variant in get_args(annotation) or (annotation,)]
 
 
-def _validate(tree: Mapping[str, Any], origins: Mapping[str, Origin], fallback: Origin) -> ExperimentSpec:
+def _validate(tree: Mapping[str, Any], origins: Origins, fallback: str) -> ExperimentSpec:
     try:
         return ExperimentSpec.model_validate(tree)
     except ValidationError as error:
@@ -517,7 +483,7 @@ def _validate(tree: Mapping[str, Any], origins: Mapping[str, Origin], fallback: 
         raise SpecError("\n".join(dict.fromkeys(lines))) from None
 
 
-def _describe(detail: Any, tree: Mapping[str, Any], origins: Mapping[str, Origin], fallback: Origin) -> str:
+def _describe(detail: Any, tree: Mapping[str, Any], origins: Origins, fallback: str) -> str:
     """One line for one of Pydantic's errors."""
     section, *rest = [str(part) for part in detail["loc"]] or [""]
     if section in UNIONS and rest and rest[0] in _variants(section):
@@ -542,7 +508,7 @@ def _describe(detail: Any, tree: Mapping[str, Any], origins: Mapping[str, Origin
     return f"{place}: {path}: given {_short(detail['input'])}{hint}; it should {expected}"
 
 
-def _place(path: str, origins: Mapping[str, Origin], fallback: Origin) -> Origin:
+def _place(path: str, origins: Origins, fallback: str) -> str:
     while path and path not in origins:
         path = path.rpartition(".")[0]
     return origins.get(path, fallback)
@@ -555,16 +521,9 @@ def _keys_at(keys: Sequence[str], tree: Mapping[str, Any]) -> list[str]:
     for key in keys:
         values = values.get(key) if isinstance(values, Mapping) else None
         annotation = model.model_fields[key].annotation
-        sections = [
-            part
-            for part in get_args(annotation) or (annotation,)
-            if isinstance(part, type) and issubclass(part, BaseModel)
-        ]
+        sections = [part for part in get_args(annotation) or (annotation,) if isinstance(part, type) and issubclass(part, BaseModel)]
         tag = values.get("type") if isinstance(values, Mapping) else None
-        model = next(
-            (part for part in sections if "type" in part.model_fields and part.model_fields["type"].default == tag),
-            sections[0],
-        )
+        model = next((part for part in sections if "type" in part.model_fields and part.model_fields["type"].default == tag), sections[0])
     return [*(["extends"] if not keys else []), *model.model_fields]
 
 
@@ -597,10 +556,6 @@ def file_schema() -> dict[str, Any]:
 
     schema = loosen(schema)
     schema["title"] = "fmnist experiment"
-    extends = {
-        "type": "string",
-        "title": "Extends",
-        "description": "Name of the experiment whose values this file starts from.",
-    }
+    extends = {"type": "string", "title": "Extends", "description": "Name of the experiment whose values this file starts from."}
     schema["properties"] = {"extends": extends, **schema["properties"]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -8,6 +8,7 @@ import fcntl
 import itertools
 import os
 import sqlite3
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -132,9 +133,7 @@ class Store:
         else:
             all_tags = {**tags, "run_key": key, "mlflow.source.name": "fmnist", "mlflow.source.type": "LOCAL"}
             run_id = self.client.create_run(experiment_id, started_ms, all_tags, name).info.run_id
-        parameters = [
-            Param(path, _text(value)) for path, value in spec.flat().items() if path not in ("name", "question")
-        ]
+        parameters = [Param(path, _text(value)) for path, value in spec.flat().items() if path not in ("name", "question")]
         self.client.log_batch(run_id, params=parameters)
         self.client.log_inputs(run_id, self._datasets(spec, data_digest))
         return str(run_id)
@@ -169,12 +168,8 @@ class Store:
     def count(self, run_id: str, keys: Iterable[str]) -> dict[str, int]:
         """How many points of each metric the store holds."""
         if self.local:
-            with contextlib.closing(
-                sqlite3.connect(f"file:{database(self.root)}?mode=ro", uri=True, timeout=20)
-            ) as connection:
-                rows = connection.execute(
-                    "SELECT key, count(*) FROM metrics WHERE run_uuid = ? GROUP BY key", (run_id,)
-                )
+            with contextlib.closing(sqlite3.connect(f"file:{database(self.root)}?mode=ro", uri=True, timeout=20)) as connection:
+                rows = connection.execute("SELECT key, count(*) FROM metrics WHERE run_uuid = ? GROUP BY key", (run_id,))
                 stored = dict(rows.fetchall())
             return {key: stored.get(key, 0) for key in keys}
         return {key: len(self.client.get_metric_history(run_id, key)) for key in keys}
@@ -187,9 +182,7 @@ class Store:
     def log_artifacts(self, run_id: str, folder: Path) -> None:
         self.client.log_artifacts(run_id, str(folder))
 
-    def log_model(
-        self, run_id: str, module: Any, example: np.ndarray, step: int, metrics: Mapping[str, float], timestamp_ms: int
-    ) -> None:
+    def log_model(self, run_id: str, module: Any, example: np.ndarray, step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
         """Log a module (see save_model) as the run's model, with the metrics it earned."""
         from mlflow.entities import LoggedModelOutput, Metric
 
@@ -197,9 +190,7 @@ class Store:
         if run.outputs and run.outputs.model_outputs:
             return  # an earlier attempt got that far
         # mlflow.pytorch.log_model would read the whole metric history of the run back; the calls below it don't.
-        logged = self.client.create_logged_model(
-            run.info.experiment_id, "model", run_id, params=run.data.params, model_type="classifier"
-        )
+        logged = self.client.create_logged_model(run.info.experiment_id, "model", run_id, params=run.data.params, model_type="classifier")
         with tempfile.TemporaryDirectory() as folder:
             identity = {
                 "artifact_path": logged.artifact_location,
@@ -210,10 +201,7 @@ class Store:
             save_model(module, example, Path(folder) / "model", identity)
             self.client.log_model_artifacts(logged.model_id, str(Path(folder) / "model"))
         self.client.finalize_logged_model(logged.model_id, "READY")
-        linked = [
-            Metric(key, value, timestamp_ms, 0, model_id=logged.model_id, run_id=run_id)
-            for key, value in metrics.items()
-        ]
+        linked = [Metric(key, value, timestamp_ms, 0, model_id=logged.model_id, run_id=run_id) for key, value in metrics.items()]
         self.client.log_batch(run_id, metrics=linked)
         self.client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
 
@@ -221,10 +209,7 @@ class Store:
         """Give a run its final status and its end; then refresh the statistics without which SQLite reads charts quadratically."""
         self.client.set_terminated(run_id, status, ended_ms)
         if self.local:
-            with (
-                contextlib.suppress(sqlite3.OperationalError),
-                contextlib.closing(sqlite3.connect(database(self.root))) as connection,
-            ):
+            with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(database(self.root))) as connection:
                 connection.execute("PRAGMA analysis_limit=400")
                 connection.execute("ANALYZE")
 
@@ -264,9 +249,7 @@ class Store:
     def _pages(self, experiment_ids: list[str], query: str) -> Iterator[Any]:
         token = None
         while True:
-            page = self.client.search_runs(
-                experiment_ids, query, max_results=PAGE, order_by=["attributes.start_time"], page_token=token
-            )
+            page = self.client.search_runs(experiment_ids, query, max_results=PAGE, order_by=["attributes.start_time"], page_token=token)
             yield from page
             token = page.token
             if not token:
@@ -300,10 +283,7 @@ def save_model(module: Any, example: np.ndarray, path: Path, identity: Mapping[s
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    images, probabilities = (
-        TensorSpec(np.dtype(np.uint8), (-1, 28, 28)),
-        TensorSpec(np.dtype(np.float32), (-1, specs.CLASSES)),
-    )
+    images, probabilities = (TensorSpec(np.dtype(np.uint8), (-1, 28, 28)), TensorSpec(np.dtype(np.float32), (-1, specs.CLASSES)))
     requirements = [f"{package}=={importlib.metadata.version(package)}" for package in ("mlflow", "torch", "numpy")]
     mlflow.pytorch.save_model(
         module,
@@ -328,29 +308,9 @@ def page(experiment_id: str, run_id: str) -> str:
 
 def server_command(root: Path, port: int) -> list[str]:
     """The command of `make ui`: this machine only, explicit hosts and origins, no proxied writes to artifacts."""
-    import sys
-
     here = f"127.0.0.1:{port}"
-    return [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        uri(root),
-        "--default-artifact-root",
-        str(root / "mlruns" / "artifacts"),
-        "--no-serve-artifacts",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-        "--allowed-hosts",
-        f"{here},localhost:{port}",
-        "--cors-allowed-origins",
-        f"http://{here}",
-        "--x-frame-options",
-        "DENY",
-    ]
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri(root)]
+    command += ["--default-artifact-root", str(root / "mlruns" / "artifacts"), "--no-serve-artifacts"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--allowed-hosts", f"{here},localhost:{port}", "--cors-allowed-origins", f"http://{here}"]
+    return [*command, "--x-frame-options", "DENY"]

@@ -6,6 +6,7 @@ leaves no stamp, so the next one starts afresh.
 
 import fcntl
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "stamp"
-INPUTS = ("requirements.lock", "pyproject.toml")
 OLDEST, NEWEST = (3, 11), (3, 13)
 NEEDED_GB = 8  # 6 GB stay; pip unpacks a wheel beside its download
 
@@ -25,9 +25,12 @@ def stop(message):
 
 def fingerprint():
     """What the environment depends on: the pins, the interpreter, and where it stands (a venv can't be moved)."""
+    import tomllib  # not before the version is known to be recent enough
+
     digest = hashlib.sha256(repr((sys.version_info[:3], sys.base_prefix, str(ROOT))).encode())
-    for name in INPUTS:
-        digest.update((ROOT / name).read_bytes())
+    digest.update((ROOT / "requirements.lock").read_bytes())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    digest.update(json.dumps(project, sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -36,19 +39,17 @@ def is_whole(expected):
 
 
 def build(expected):
+    interpreter = getattr(sys, "_base_executable", sys.executable)  # an activated .venv is about to be removed
     if VENV.exists():
         shutil.rmtree(VENV)
     free_gb = shutil.disk_usage(ROOT).free / 1e9
     if free_gb < NEEDED_GB:
-        stop(
-            "%.1f GB are free in %s, about %d GB are needed: free some space and run the same command again"
-            % (free_gb, ROOT, NEEDED_GB)
-        )
+        stop("%.1f GB are free in %s, about %d GB are needed: free some space and run the same command again" % (free_gb, ROOT, NEEDED_GB))
     print("Building .venv from requirements.lock (once; some 6 GB, a few minutes) ...", flush=True)
     python = str(VENV / "bin" / "python")
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
     steps = (
-        [sys.executable, "-m", "venv", str(VENV)],
+        [interpreter, "-m", "venv", str(VENV)],
         pip + ["--require-hashes", "-r", str(ROOT / "requirements.lock")],
         # The lock holds the build backend, so nothing is fetched here and nothing is resolved.
         pip + ["--no-deps", "--no-build-isolation", "--editable", str(ROOT)],
@@ -66,10 +67,7 @@ def build(expected):
 
 def main():
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
-        stop(
-            "Python %d.%d is not supported, only 3.11, 3.12 and 3.13: name one, as in `make PYTHON=python3.12 ...`"
-            % sys.version_info[:2]
-        )
+        stop("Python %d.%d is not supported, only 3.11, 3.12 and 3.13: name one, as in `make PYTHON=python3.12 ...`" % sys.version_info[:2])
     expected = fingerprint()
     if is_whole(expected):
         return
