@@ -253,7 +253,7 @@ def sync(as_json: Json = False) -> None:
     from fmnist import sidecar
 
     try:
-        done = sidecar.sync(specs.home(), _tell)
+        done = sidecar.sync(specs.home(), _tell if as_json else print)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"the store did not take the runs: {str(error).splitlines()[0]}; they stay on disk, try again") from None
     if as_json:

@@ -38,5 +38,5 @@ class Diverged(FmnistError):
 
 class Interrupted(FmnistError):
     def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(f"{signal.Signals(signal_number).name} at step {step:,}")
+        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step:,}")
         self.exit_code = 128 + signal_number

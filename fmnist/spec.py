@@ -418,8 +418,8 @@ def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
     for key, value in layer.items():
         below = into.get(key)
         if isinstance(value, Mapping):
-            same = isinstance(below, Mapping) and value.get("type", below.get("type")) == below.get("type")
-            into[key] = dict(below) if same else {}
+            kept = dict(below) if isinstance(below, Mapping) else {}
+            into[key] = kept if value.get("type", kept.get("type")) == kept.get("type") else {}
             _merge(into[key], value)
         else:
             into[key] = value

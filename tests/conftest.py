@@ -1,9 +1,11 @@
 """Shared by all tests: a home of its own for each, real data, the real command in a real process."""
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,13 +22,18 @@ def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An FMNIST_HOME with the shipped experiments (copied, so that a test may add its own) and the real data (linked)."""
-    folder = tmp_path / "home"
+def make_home(parent: Path) -> Path:
+    """A folder for FMNIST_HOME: the shipped experiments (copied, so that a test may add its own) and the real data (linked)."""
+    folder = parent / "home"
     folder.mkdir()
     shutil.copytree(REPOSITORY / "experiments", folder / "experiments")
     (folder / "data").symlink_to(REPOSITORY / "data")
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    folder = make_home(tmp_path)
     monkeypatch.setenv("FMNIST_HOME", str(folder))
     yield folder
     stop_sidecar(folder)
@@ -44,15 +51,24 @@ def stop_sidecar(folder: Path) -> None:
             time.sleep(0.05)
 
 
+def command(home: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run the real command in this home."""
+    return subprocess.run(
+        [sys.executable, "-m", "fmnist", *arguments],
+        capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, env={**os.environ, "FMNIST_HOME": str(home), **environment},
+    )  # fmt: skip
+
+
 Fmnist = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
 def fmnist(home: Path) -> Fmnist:
-    """Run the real command in this home: fmnist('run', 'baseline') gives returncode, stdout, stderr."""
+    """fmnist('run', 'baseline') runs the real command in this test's home and gives returncode, stdout, stderr."""
+    return functools.partial(command, home)
 
-    def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "fmnist", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **environment}, stdin=subprocess.DEVNULL)
 
-    return run
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,83 @@
+"""Imports run one way, and the code stays small: read from the source, imports inside functions too."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "fmnist"
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
+ALLOWED = {
+    "errors": set(),
+    "spec": {"errors"},
+    "data": {"spec", "errors"},
+    "model": {"spec"},
+    "optim": {"spec"},
+    "engine": {"data", "model", "optim", "spec"},
+    "journal": {"spec"},
+    "checkpoint": {"spec"},
+    "runner": {"checkpoint", "data", "engine", "journal", "spec", "errors", "__version__"},
+    "tracking": {"spec", "journal", "errors"},
+    "plots": set(),
+    "report": {"plots", "tracking", "errors"},
+    "sidecar": {"checkpoint", "data", "model", "journal", "plots", "spec", "tracking"},
+    "cli": {"spec", "errors", "data", "runner", "tracking", "report", "sidecar"},
+}
+OUTSIDE = {
+    "torch": {"data", "model", "optim", "engine", "checkpoint", "runner", "sidecar"},
+    "mlflow": {"tracking"},
+    "matplotlib": {"plots"},
+}
+
+
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """The fmnist modules and the other packages that a file imports, wherever in it."""
+    own, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            others |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "fmnist":
+            own |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fmnist."):
+            own.add(node.module.split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            others.add(node.module.partition(".")[0])
+    return own, others
+
+
+def test_every_module_has_its_place() -> None:
+    assert set(MODULES) == set(ALLOWED)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_one_way(module: str) -> None:
+    own, others = imports(PACKAGE / f"{module}.py")
+    assert own <= ALLOWED[module]
+    for package, users in OUTSIDE.items():
+        assert package not in others or module in users, f"{module} must not import {package}"
+
+
+def test_no_module_is_imported_in_a_circle() -> None:
+    graph = {module: imports(PACKAGE / f"{module}.py")[0] & set(MODULES) for module in MODULES}
+    while graph:
+        leaves = {module for module, needs in graph.items() if not needs & set(graph)}
+        assert leaves, f"a circle among {sorted(graph)}"
+        graph = {module: needs for module, needs in graph.items() if module not in leaves}
+
+
+def test_code_stays_small() -> None:
+    lengths = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
+    assert sum(lengths.values()) < 3_500
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+
+
+def test_nothing_unpickles() -> None:
+    for path in PACKAGE.glob("*.py"):
+        text = path.read_text()
+        assert "import pickle" not in text
+        assert text.count("torch.load(") == text.count("weights_only=True"), path.name
+        assert "allow_pickle=True" not in text, path.name

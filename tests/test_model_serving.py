@@ -1,0 +1,128 @@
+"""The logged model outside this package: loaded where fmnist can't be imported, and served over HTTP."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import command, free_port, make_home, stop_sidecar
+
+from fmnist import data, tracking
+
+REFUSE_FMNIST = """
+import importlib.abc, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "fmnist":
+            raise ImportError("fmnist must not be needed")
+sys.meta_path.insert(0, Refuse())
+"""
+LOAD = (
+    REFUSE_FMNIST
+    + """
+import mlflow, numpy as np
+mlflow.set_tracking_uri(sys.argv[1])
+images = np.load(sys.argv[3])
+model = mlflow.pyfunc.load_model(sys.argv[2])
+network = mlflow.pytorch.load_model(sys.argv[2])
+import torch
+parts = {}
+for n in (1, 3, 257, len(images)):
+    parts[f"pyfunc_{n}"] = model.predict(images[:n])
+    parts[f"pytorch_{n}"] = network(torch.from_numpy(images[:n])).detach().numpy()
+np.savez(sys.argv[4], **parts)
+"""
+)
+SAFE = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, np.ndarray]:
+    """A home, the model's URI, and the probabilities that the run itself stored for the first test images."""
+    home = make_home(tmp_path_factory.mktemp("model"))
+    patch = pytest.MonkeyPatch()
+    patch.setenv("FMNIST_HOME", str(home))
+    settings = ("-s", "train.epochs=2", "-s", "train.batch_size=500", "-s", "data.normalization=standard")
+    run_id = json.loads(command(home, "run", "baseline", *settings, "--json").stdout)["run_id"]
+    store = tracking.connect(home)
+    model_id = store.client.get_run(run_id).outputs.model_outputs[0].model_id
+    predictions = pd.read_parquet(store.download(run_id, "predictions.parquet", home))
+    logits = predictions.filter(like="logit_").to_numpy().astype(float)
+    expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    yield home, f"models:/{model_id}", expected
+    stop_sidecar(home)
+    shutil.rmtree(home)
+    patch.undo()
+
+
+def test_loads_without_fmnist_and_without_pickle_for_any_batch_size(logged: tuple[Path, str, np.ndarray], tmp_path: Path) -> None:
+    home, model, expected = logged
+    np.save(tmp_path / "images.npy", data.raw_images(home, 1000))
+    arguments = [tracking.uri(home), model, str(tmp_path / "images.npy"), str(tmp_path / "out.npz")]
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD, *arguments], capture_output=True, text=True, env={**os.environ, **SAFE}, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    for name, probabilities in np.load(tmp_path / "out.npz").items():
+        assert np.allclose(probabilities, expected[: len(probabilities)], atol=1e-5), name
+
+
+def test_signature_takes_raw_images_and_gives_ten_probabilities(logged: tuple[Path, str, np.ndarray]) -> None:
+    from mlflow.models import get_model_info
+
+    signature = get_model_info(logged[1]).signature.to_dict()
+    assert json.loads(signature["inputs"]) == [{"type": "tensor", "tensor-spec": {"dtype": "uint8", "shape": [-1, 28, 28]}}]
+    assert json.loads(signature["outputs"]) == [{"type": "tensor", "tensor-spec": {"dtype": "float32", "shape": [-1, 10]}}]
+
+
+def test_model_carries_the_metrics_it_earned(logged: tuple[Path, str, np.ndarray]) -> None:
+    store = tracking.connect(logged[0])
+    model = store.client.get_logged_model(logged[1].removeprefix("models:/"))
+    assert {"last/val_accuracy", "last/val_loss"} <= {metric.key for metric in model.metrics}
+    assert model.status == "READY"
+
+
+def test_serves_over_http(logged: tuple[Path, str, np.ndarray], tmp_path: Path) -> None:
+    home, model, expected = logged
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "models",
+        "serve",
+        "-m",
+        model,
+        "--env-manager",
+        "local",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    environment = {**os.environ, **SAFE, "MLFLOW_TRACKING_URI": tracking.uri(home)}
+    with open(tmp_path / "serve.log", "wb") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=tmp_path)
+    try:
+        body = json.dumps({"inputs": data.raw_images(home, 3).tolist()}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"})
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=10) as response:
+                    answer = json.load(response)
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "serve.log").read_text()[-2000:]  # noqa: PT018
+                time.sleep(0.5)
+        assert np.allclose(answer["predictions"], expected[:3], atol=1e-5)
+    finally:
+        os.killpg(server.pid, 15)  # the server and the workers it started
+        server.wait()
