@@ -252,14 +252,12 @@ def sync(as_json: Json = False) -> None:
     """Carry runs that are on disk only into MLflow, now."""
     from fmnist import sidecar
 
-    try:
-        done = sidecar.sync(specs.home(), _tell if as_json else print)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"the store did not take the runs: {str(error).splitlines()[0]}; they stay on disk, try again") from None
+    done = sidecar.sync(specs.home(), _tell if as_json else print)
     if as_json:
         _print_json({"runs": done})
     elif not done:
         print("nothing to carry over: every run is in MLflow")
+    raise typer.Exit(1 if any(run["error"] for run in done) else 0)
 
 
 @app.command()

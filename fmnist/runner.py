@@ -160,7 +160,7 @@ class _Run:
         curves = self.engine.train(segment.stop)
         self.outcome.training_s += time.monotonic() - clock
         bad = np.flatnonzero(~np.isfinite(curves.loss))
-        kept = bad[0] + 1 if len(bad) else len(curves.loss)
+        kept = int(bad[0]) + 1 if len(bad) else len(curves.loss)
         arrays = {"loss": curves.loss[:kept], "accuracy": curves.accuracy[:kept], "lr": curves.lr[:kept]}
         self.journal.train(segment.start + 1, arrays, started, now_ms(), self.outcome.training_s)
         self.outcome.steps = segment.start + kept
@@ -229,7 +229,9 @@ class _Run:
         arrays = {f"{split}_index": images.index for split, (images, _) in predictions.items()}
         arrays |= {f"{split}_labels": images.labels.cpu().numpy() for split, (images, _) in predictions.items()}
         arrays |= {f"{split}_logits": evaluation.logits for split, (_, evaluation) in predictions.items()}
-        np.savez(self.journal.folder / "predictions.npz", allow_pickle=False, **arrays)
+        partial = self.journal.folder / ".predictions.npz"
+        np.savez(partial, allow_pickle=False, **arrays)
+        partial.replace(self.journal.folder / "predictions.npz")
         checkpoint.save(self.journal.folder / "checkpoint.pt", self.spec, self.engine.state())
         told = {
             "weights": self.outcome.weights,

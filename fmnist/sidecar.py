@@ -78,7 +78,7 @@ def _serve(root: Path) -> None:
                 elif folder.running:
                     idle_since = time.monotonic()
             except Exception as error:  # an outage of any kind: the journal waits, training goes on
-                _report(folder, error)
+                print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {folder.path.name}: {_report(folder, error)}", flush=True)
                 backoff = min(2 * backoff, MAX_BACKOFF_S)
                 idle_since = time.monotonic() if folder.running else idle_since
         time.sleep(backoff)
@@ -90,30 +90,38 @@ def _connect(root: Path) -> "Store":
     return tracking.connect(root, create=True)
 
 
-def _report(folder: StateFolder, error: Exception) -> None:
+def _report(folder: StateFolder, error: Exception) -> str:
+    """Note an error where the trainer that waits for this run sees it."""
     text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {folder.path.name}: {text}", flush=True)
     with contextlib.suppress(OSError):
         folder.note(**{**folder.carried, "error": text})
+    return text
 
 
 def sync(root: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Carry everything that is not yet in MLflow, now, in place of a sidecar that may be at work. Raises what the store raises."""
+    """Carry everything that is not yet in MLflow, now, in place of a sidecar that may be at work; raises StoreError."""
     results: list[dict[str, Any]] = []
     if not state_folders(root):
         return results
     if is_locked(carrier_lock(root)):  # it may be ended at any moment, and would idle on for a while
         os.kill(int(carrier_lock(root).read_text()), signal.SIGTERM)
     with _sole_carrier(root, wait=True):
-        folders = [folder for folder in state_folders(root) if not folder.carried.get("closed")]
         store = _connect(root)
-        for folder in folders:
-            carrier = Carrier(folder, store)
-            while carrier.advance():
-                pass
-            closed = carrier.closed
-            say(f"{folder.path.name}: {closed or 'still running; what there is so far is stored'}")
-            results.append({"key": folder.path.name, "run_id": carrier.run_id, "status": closed or "RUNNING"})
+        for folder in state_folders(root):
+            if folder.carried.get("closed"):
+                Carrier(folder, store).advance()
+                continue
+            result: dict[str, Any] = {"key": folder.path.name, "run_id": None, "status": "RUNNING", "error": None}
+            try:
+                carrier = Carrier(folder, store)
+                while carrier.advance():
+                    pass
+                result |= {"run_id": carrier.run_id, "status": carrier.closed or "RUNNING"}
+                say(f"{folder.path.name}: {carrier.closed or 'still running; what there is so far is stored'}")
+            except Exception as error:  # one run's trouble is not the others'
+                result["error"] = _report(folder, error)
+                say(f"{folder.path.name}: not stored yet, it stays on disk: {result['error']}")
+            results.append(result)
         return results
 
 

@@ -1,8 +1,10 @@
 """The logged model outside this package: loaded where fmnist can't be imported, and served over HTTP."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -75,8 +77,10 @@ def test_loads_without_fmnist_and_without_pickle_for_any_batch_size(logged: tupl
 
 
 def test_signature_takes_raw_images_and_gives_ten_probabilities(logged: tuple[Path, str, np.ndarray]) -> None:
+    import mlflow
     from mlflow.models import get_model_info
 
+    mlflow.set_tracking_uri(tracking.uri(logged[0]))
     signature = get_model_info(logged[1]).signature.to_dict()
     assert json.loads(signature["inputs"]) == [{"type": "tensor", "tensor-spec": {"dtype": "uint8", "shape": [-1, 28, 28]}}]
     assert json.loads(signature["outputs"]) == [{"type": "tensor", "tensor-spec": {"dtype": "float32", "shape": [-1, 10]}}]
@@ -92,24 +96,13 @@ def test_model_carries_the_metrics_it_earned(logged: tuple[Path, str, np.ndarray
 def test_serves_over_http(logged: tuple[Path, str, np.ndarray], tmp_path: Path) -> None:
     home, model, expected = logged
     port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "models",
-        "serve",
-        "-m",
-        model,
-        "--env-manager",
-        "local",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    environment = {**os.environ, **SAFE, "MLFLOW_TRACKING_URI": tracking.uri(home)}
+    serve = ["models", "serve", "-m", model, "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # mlflow starts uvicorn by its name, as in an activated venv
+    environment = {**os.environ, **SAFE, "MLFLOW_TRACKING_URI": tracking.uri(home), "PATH": path}
     with open(tmp_path / "serve.log", "wb") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=tmp_path)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", *serve], env=environment, stdout=log, stderr=log, start_new_session=True, cwd=tmp_path
+        )
     try:
         body = json.dumps({"inputs": data.raw_images(home, 3).tolist()}).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"})
@@ -124,5 +117,6 @@ def test_serves_over_http(logged: tuple[Path, str, np.ndarray], tmp_path: Path) 
                 time.sleep(0.5)
         assert np.allclose(answer["predictions"], expected[:3], atol=1e-5)
     finally:
-        os.killpg(server.pid, 15)  # the server and the workers it started
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)  # the server and the workers it started
         server.wait()

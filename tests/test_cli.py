@@ -1,0 +1,198 @@
+"""The command as people and scripts meet it: what it prints and where, its exit codes, and what it leaves alone."""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Fmnist, free_port
+
+from fmnist import spec as specs
+
+PACKAGE = Path(specs.__file__).parent
+NAMES = specs.names(PACKAGE.parent)
+COMMANDS = ["run", "show", "list", "data", "sync", "report", "ui"]
+PLAN = {
+    "training_images": 60_000,
+    "validation_images": 10_000,
+    "steps_per_epoch": 1_875,
+    "steps": 37_500,
+    "evaluations": 39,
+    "parameters": 266_610,
+    "points_logged": 75_160,
+}
+
+
+def printed_by(code: str) -> "subprocess.CompletedProcess[str]":
+    """A fresh interpreter runs this; whatever it does not import itself, it finds not imported."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def refused(result: "subprocess.CompletedProcess[str]", home: Path, *fragments: str) -> None:
+    """One line on stderr, nothing on stdout, and nothing begun."""
+    assert (result.returncode, result.stdout) == (2, ""), result
+    assert re.fullmatch(r"fmnist: .+\n", result.stderr), result.stderr
+    assert [fragment for fragment in fragments if fragment not in result.stderr] == [], result.stderr
+    assert not (home / "mlruns").exists()
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port of this machine on which something listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "fragments"),
+    [
+        (["run", "baselin"], {}, ["unknown experiment 'baselin'", "did you mean 'baseline'?", "epochs-40"]),
+        (["run", "../experiments/baseline"], {}, ["'../experiments/baseline'", "no path separators"]),
+        (["run", "baseline", "--set", "train.epoch=3"], {}, ["--set train.epoch=3", "did you mean 'epochs'", "batch_size"]),
+        (["show", "baselin", "--json"], {}, ["unknown experiment 'baselin'", "did you mean 'baseline'?"]),
+        (["run", "baseline"], {"MLFLOW_TRACKING_URI": "file://me:secret@/tmp/runs"}, ["MLFLOW_TRACKING_URI", "http://", "unset it"]),
+        (["report"], {"MLFLOW_TRACKING_URI": "sqlite:///runs.db"}, ["MLFLOW_TRACKING_URI", "'sqlite:///runs.db'", "unset it"]),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_remedy_and_nothing_is_begun(
+    fmnist: Fmnist, home: Path, arguments: list[str], environment: dict[str, str], fragments: list[str]
+) -> None:
+    result = fmnist(*arguments, **environment)
+    refused(result, home, *fragments)
+    assert "secret" not in result.stderr
+
+
+def test_several_mistakes_are_a_line_each(fmnist: Fmnist) -> None:
+    result = fmnist("show", "baseline", "--set", "train.epochs=0", "--set", "optimizer.lr=fast")
+    assert (result.returncode, result.stdout) == (2, "")
+    lines = result.stderr.splitlines()
+    assert [line.split(":")[1].strip() for line in lines] == ["--set optimizer.lr=fast", "--set train.epochs=0"]
+
+
+def test_a_tracking_server_that_does_not_answer_is_told_within_ten_seconds(fmnist: Fmnist, home: Path) -> None:
+    server, began = f"127.0.0.1:{free_port()}", time.monotonic()
+    result = fmnist("run", "baseline", MLFLOW_TRACKING_URI=f"http://me:secret@{server}")
+    refused(result, home, f"http://{server}", "start it, unset MLFLOW_TRACKING_URI", "--no-sync")
+    assert "secret" not in result.stderr
+    assert time.monotonic() - began < 10
+
+
+def test_report_on_an_empty_home_names_the_remedy_and_creates_nothing(fmnist: Fmnist, home: Path) -> None:
+    refused(fmnist("report"), home, "no runs are recorded", "make run EXP=baseline")
+    assert not (home / "reports").exists()
+
+
+def test_sync_on_an_empty_home_says_there_is_nothing_and_creates_nothing(fmnist: Fmnist, home: Path) -> None:
+    result = fmnist("sync")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "nothing to carry over: every run is in MLflow\n", "")
+    assert not (home / "mlruns").exists()
+
+
+def test_ui_on_a_taken_port_names_a_free_one_and_the_command(fmnist: Fmnist, home: Path, taken: int) -> None:
+    result = fmnist("ui", "--port", str(taken))
+    refused(result, home, f"port {taken} on 127.0.0.1 is taken")
+    (free,) = re.findall(r"make ui PORT=(\d+)", result.stderr)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", int(free)))
+
+
+def test_ui_on_the_last_port_when_taken_is_refused_too(fmnist: Fmnist, home: Path) -> None:
+    with socket.socket() as listener:
+        with contextlib.suppress(OSError):  # someone else's is as good
+            listener.bind(("127.0.0.1", 65535))
+        refused(fmnist("ui", "--port", "65535"), home, "port 65535 on 127.0.0.1 is taken")
+
+
+# ---- show and list
+
+
+def test_show_prints_value_and_origin_of_every_field_and_the_plan(fmnist: Fmnist, home: Path) -> None:
+    result = fmnist("show", "baseline", "--set", "optimizer.lr=1e-2")
+    assert (result.returncode, result.stderr) == (0, "")
+    fields, plan = (part.splitlines() for part in result.stdout.split("\n\n"))
+    shown = {path: (json.loads(value), origin) for path, value, origin in (re.split("  +", line, maxsplit=2) for line in fields)}
+    resolved = specs.load("baseline", ["optimizer.lr=1e-2"], home)
+    assert {path: value for path, (value, _) in shown.items()} == resolved.spec.flat()
+    assert shown["optimizer.lr"] == (0.01, "--set optimizer.lr=1e-2")
+    assert shown["optimizer.momentum"] == (0.9, "experiments/baseline.yaml:13")
+    assert shown["optimizer.weight_decay"] == (0.0, "default")
+    assert shown["name"] == ("baseline", "the file's name")
+    would = dict(re.split("  +", line, maxsplit=1) for line in plan)
+    assert would.pop("fingerprint") == f"{resolved.spec.fingerprint[:16]}  group {resolved.spec.group[:16]}"
+    assert would == {label.replace("_", " "): f"{value:,}" for label, value in PLAN.items()}
+
+
+def test_show_json_is_one_object_with_spec_origins_fingerprint_and_plan(fmnist: Fmnist, home: Path) -> None:
+    result = fmnist("show", "baseline", "--json")
+    shown, spec = json.loads(result.stdout), specs.load("baseline", root=home).spec
+    assert (result.returncode, result.stderr, shown["plan"]) == (0, "", PLAN)
+    assert (shown["fingerprint"], shown["group"]) == (spec.fingerprint, spec.group)
+    assert shown["spec"] == spec.model_dump(mode="json")
+    assert shown["origins"]["train.epochs"] == "experiments/baseline.yaml:17"
+
+
+def test_list_shows_every_experiment_and_a_broken_one_hides_no_other(fmnist: Fmnist, home: Path) -> None:
+    (home / "experiments" / "crooked.yaml").write_text("extends: baseline\ntrain: {epoch: 3}\n")
+    (home / "experiments" / "no.yaml").write_text("extends: baseline\n")
+    plain, as_json = fmnist("list"), fmnist("list", "--json")
+    assert (plain.returncode, plain.stderr, as_json.returncode, as_json.stderr) == (0, "", 0, "")
+    lines = {line.split()[0]: line for line in plain.stdout.splitlines()}
+    rows = {row["name"]: row for row in json.loads(as_json.stdout)["experiments"]}
+    assert sorted(lines) == sorted(rows) == sorted([*NAMES, "crooked", "no"])
+    for name in NAMES:
+        spec = specs.load(name, root=home).spec
+        assert f"{spec.steps:,} steps  {spec.question}" in lines[name]
+        assert rows[name] == {"name": name, "steps": spec.steps, "question": spec.question, "error": None}
+    for name, told in (("crooked", "experiments/crooked.yaml:2: train.epoch: unknown key"), ("no", "experiment name")):
+        assert f"BROKEN: {told}" in lines[name]
+        assert rows[name]["error"].startswith(told)
+
+
+# ---- what is imported and printed
+
+
+def test_show_imports_neither_torch_nor_mlflow() -> None:
+    code = "import sys; from fmnist import cli; cli.show('baseline'); cli.list_experiments(); heavy = {'torch', 'mlflow', 'pandas', 'matplotlib'};"
+    result = printed_by(code + "print(sorted(heavy & set(sys.modules)))")
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
+
+
+def test_importing_prints_nothing_and_only_what_trains_imports_torch() -> None:
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    trains = {"checkpoint", "data", "engine", "model", "optim", "runner"}
+    assert trains < modules
+    lines = [f"import fmnist.{name}" for name in sorted(modules - trains)]
+    result = printed_by("\n".join([*lines, "import sys", "assert not {'torch', 'mlflow'} & set(sys.modules), 'imported'"]))
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []])
+def test_help_names_every_command(fmnist: Fmnist, arguments: list[str]) -> None:
+    result = fmnist(*arguments)
+    assert result.returncode == 0 or not arguments
+    # Click gives help that was not asked for on stderr.
+    text = result.stdout if arguments else result.stdout + result.stderr
+    assert "Usage:" in text
+    assert re.findall(r"^  ([a-z]+) ", text.split("Commands:")[1], re.MULTILINE) == COMMANDS
+
+
+@pytest.mark.parametrize("words", ["fmnist run l", "fmnist show l"])
+def test_shell_completion_offers_experiment_names(home: Path, words: str) -> None:
+    (home / "experiments" / "linear.yaml").touch()
+    script = Path(sys.executable).with_name("fmnist")
+    asked = {**os.environ, "_FMNIST_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "2"}
+    result = subprocess.run([script], env=asked, capture_output=True, text=True, timeout=60)
+    assert result.stdout.split() == sorted(["linear", *(name for name in NAMES if name.startswith("l"))]), result.stderr

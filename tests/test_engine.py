@@ -1,0 +1,197 @@
+"""The engine against the obvious PyTorch loop, and its promises: the same bits however a run is cut, and a state that is whole."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from sklearn import metrics
+from test_optim import OPTIMIZERS, SCHEDULES, torchs_optimizer, torchs_scheduler
+from torch import nn
+from torch.nn import functional
+
+from fmnist import data, engine, model, plots
+from fmnist import spec as specs
+
+STEPS = 60
+HOLDOUT = 59_000
+CURVES = {"loss": np.float32, "accuracy": np.float32, "lr": np.float64}
+BATCH, EPOCHS = 48, 5  # of 1,000 images: 21 steps an epoch, the last of them 40 images
+
+
+@pytest.fixture(scope="module")
+def dataset() -> data.Dataset:
+    whole = data.load(specs.Data(holdout=HOLDOUT), REPOSITORY, engine.device(specs.Compute(device="cpu")))
+    n = 2_345  # the last of the chunks that evaluation goes by is a short one
+    held_out = whole.validation
+    return data.Dataset(whole.train, data.Split(held_out.images[:n], held_out.labels[:n], held_out.index[:n]), None)
+
+
+def experiment(seed: int = 0, **sections: Any) -> specs.ExperimentSpec:
+    settled = {
+        "data": specs.Data(holdout=HOLDOUT),
+        "model": specs.MLP(hidden=(24, 16)),
+        "train": specs.Train(batch_size=BATCH, epochs=EPOCHS, seed=seed),
+    }
+    return specs.ExperimentSpec(name="engine", **(settled | sections))
+
+
+def loop(spec: specs.ExperimentSpec, dataset: data.Dataset, module: nn.Module, steps: int = STEPS) -> engine.Curves:
+    """Train the module for some steps as anyone would write it."""
+    optimizer = torchs_optimizer(spec.optimizer, list(module.parameters()))
+    scheduler = torchs_scheduler(spec, optimizer, spec.steps)
+    batches = (batch for epoch in range(EPOCHS) for batch in dataset.batches(BATCH, spec.train.seed, epoch))
+    rows = []
+    for images, labels in itertools.islice(batches, steps):
+        logits = module(images)
+        loss = functional.cross_entropy(logits, labels)
+        rows.append((loss.item(), metrics.accuracy_score(labels, logits.argmax(1)), scheduler.get_last_lr()[0]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    return engine.Curves(*np.array(rows, float).T)
+
+
+def assert_same_training(ours: engine.Engine, found: engine.Curves, module: nn.Module, wanted: engine.Curves) -> None:
+    """Equal but for the rounding of float32 sums, which the steps carry along."""
+    np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-5)
+    np.testing.assert_array_equal(found.accuracy, wanted.accuracy.astype(np.float32))
+    np.testing.assert_allclose(found.lr, wanted.lr, rtol=1e-12)
+    # Adam divides a gradient by its own size, so where one cancels to almost nothing the rounding shows in the update.
+    tolerance = 1e-6 if isinstance(ours.spec.optimizer, specs.SGD) else ours.spec.optimizer.lr / 100
+    torch.testing.assert_close(ours.parameters, flat(module), rtol=1e-5, atol=tolerance)
+
+
+def flat(module: nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+def assert_same_bits(found: engine.Curves, wanted: engine.Curves) -> None:
+    for name in CURVES:
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), strict=True)
+
+
+def joined(*curves: engine.Curves) -> engine.Curves:
+    return engine.Curves(*(np.concatenate([getattr(part, name) for part in curves]) for name in CURVES))
+
+
+# ---- against the loop
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_training_is_the_obvious_loop(optimizer: str, schedule: str, dataset: data.Dataset) -> None:
+    spec = experiment(optimizer=OPTIMIZERS[optimizer], schedule=SCHEDULES[schedule])
+    ours, module = engine.Engine(spec, dataset), model.build(spec.model, spec.train.seed)
+    assert_same_training(ours, ours.train(STEPS), module, loop(spec, dataset, module))
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "sigmoid"])
+@pytest.mark.parametrize("hidden", [(), (300, 100), (32, 24, 16)])
+def test_every_mlp_trains_as_in_the_loop(hidden: tuple[int, ...], activation: str, dataset: data.Dataset) -> None:
+    spec = experiment(seed=3, model=specs.MLP(hidden=hidden, activation=activation), optimizer=specs.SGD(lr=0.1))
+    ours, module = engine.Engine(spec, dataset), model.build(spec.model, spec.train.seed)
+    assert_same_training(ours, ours.train(STEPS), module, loop(spec, dataset, module))
+
+
+def test_autograd_trains_as_the_explicit_gradient(dataset: data.Dataset) -> None:
+    spec = experiment(optimizer=specs.SGD(lr=0.1, momentum=0.9))
+    explicit, recorded = engine.Engine(spec, dataset), engine.Engine(spec, dataset)
+    recorded.passes = dict.fromkeys(recorded.passes, engine.AutogradGradient(recorded.module, recorded.gradients))
+    assert_same_training(explicit, explicit.train(STEPS), recorded.module, recorded.train(STEPS))
+
+
+def test_another_kind_of_module_trains_as_in_the_loop(dataset: data.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convolutional(spec: specs.MLP, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Conv2d(1, 4, 5, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+
+    monkeypatch.setattr(model, "build", convolutional)  # a spec can't ask for such a model yet
+    spec = experiment(optimizer=specs.SGD(lr=0.1))
+    ours, module = engine.Engine(spec, dataset), convolutional(spec.model, spec.train.seed)
+    curves = ours.train(STEPS)
+    assert_same_training(ours, curves, module, loop(spec, dataset, module))
+    assert curves.loss[-10:].mean() < 0.8 * curves.loss[:10].mean()
+
+
+# ---- its promises
+
+
+def test_a_run_may_be_cut_anywhere(dataset: data.Dataset) -> None:
+    spec = experiment(optimizer=specs.AdamW(lr=1e-3), schedule=specs.Cosine(warmup_steps=10))
+    whole, cut = engine.Engine(spec, dataset), engine.Engine(spec, dataset)
+    parts = []
+    for stop in (1, 21, 40, 42, 100):
+        parts.append(cut.train(stop))
+        cut.evaluate(dataset.validation)
+        assert cut.step == stop
+    assert_same_bits(joined(*parts), whole.train(100))
+    assert torch.equal(cut.parameters, whole.parameters)
+    assert torch.equal(flat(cut.module), cut.parameters)
+
+
+def test_the_seed_decides_the_run(dataset: data.Dataset) -> None:
+    engines = [engine.Engine(experiment(seed), dataset) for seed in (1, 1, 2)]
+    assert torch.equal(engines[0].parameters, engines[1].parameters)
+    assert not torch.equal(engines[0].parameters, engines[2].parameters)
+    first, again, other = (trained.train(STEPS) for trained in engines)
+    assert_same_bits(again, first)
+    assert torch.equal(engines[0].parameters, engines[1].parameters)
+    assert not np.array_equal(other.loss, first.loss)
+
+
+@pytest.mark.parametrize("into", ["a fresh engine", "itself"])
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
+def test_a_state_is_whole(optimizer: str, into: str, dataset: data.Dataset) -> None:
+    spec = experiment(optimizer=OPTIMIZERS[optimizer], schedule=SCHEDULES["one_cycle"])
+    ours = engine.Engine(spec, dataset)
+    ours.train(30)
+    state = ours.state()
+    wanted, parameters = ours.train(90), ours.parameters.clone()
+    other = ours if into == "itself" else engine.Engine(spec, dataset)
+    other.load_state(state)
+    assert other.step == 30
+    assert_same_bits(other.train(90), wanted)
+    assert torch.equal(other.parameters, parameters)
+
+
+def test_evaluation_is_the_full_batch_computation(dataset: data.Dataset) -> None:
+    split = dataset.validation
+    ours = engine.Engine(experiment(optimizer=specs.Adam(lr=0.01)), dataset)
+    ours.train(STEPS)
+    found = ours.evaluate(split)
+    with torch.no_grad():
+        logits = ours.module(split.images.view(-1, 1, 28, 28))
+    labels, predicted = split.labels.numpy(), found.logits.argmax(1)
+    np.testing.assert_allclose(found.logits, logits.numpy(), rtol=1e-4, atol=1e-5)
+    assert found.loss == pytest.approx(functional.cross_entropy(logits.double(), split.labels).item(), rel=1e-6)
+    assert found.accuracy == metrics.accuracy_score(labels, predicted) > 0.5
+    axes = plots.confusion_matrix(labels, predicted, "title").axes[0]
+    drawn = np.zeros((10, 10), int)
+    for text in axes.texts:
+        column, row = text.get_position()
+        drawn[row, column] = int(text.get_text())
+    np.testing.assert_array_equal(drawn, metrics.confusion_matrix(labels, predicted, labels=range(10)))
+
+
+def test_a_diverging_run_shows_in_its_curves(dataset: data.Dataset) -> None:
+    ours = engine.Engine(experiment(optimizer=specs.SGD(lr=1_000.0, weight_decay=100.0)), dataset)
+    loss = ours.train(STEPS).loss
+    assert np.isfinite(loss[0])
+    assert not np.isfinite(loss[-1])
+    assert not np.isfinite(ours.evaluate(dataset.validation).loss)
+
+
+@pytest.mark.parametrize("stop", [1, STEPS])
+def test_curves_have_a_value_per_step(stop: int, dataset: data.Dataset) -> None:
+    curves = engine.Engine(experiment(), dataset).train(stop)
+    assert [(getattr(curves, name).shape, getattr(curves, name).dtype) for name in CURVES] == [((stop,), t) for t in CURVES.values()]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_missing_cuda_device_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"compute\.device"):
+        engine.device(specs.Compute(device="cuda"))

@@ -1,0 +1,95 @@
+"""The models: the notebook's network bit for bit, the explicit gradient against autograd, and what is served."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fmnist import data, model
+from fmnist import spec as specs
+
+HIDDEN = [(), (16,), (300, 100), (32, 24, 16)]
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Tensor:
+    """Real images as they come, uint8 [N, 28, 28]."""
+    return torch.from_numpy(data.raw_images(REPOSITORY, 1_000))
+
+
+@pytest.fixture(scope="module")
+def labels() -> Tensor:
+    return torch.from_numpy(data._read(REPOSITORY, "t10k")[1][:1_000].astype(np.int64))
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_default_model_is_the_notebooks(seed: int, pixels: Tensor) -> None:
+    ours = model.build(specs.MLP(), seed)
+    torch.manual_seed(seed)
+    layers = nn.Flatten(), nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)
+    theirs = nn.Sequential(*layers)
+    for our, their in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(our, their)
+    images = pixels[:9].unsqueeze(1) / 255
+    assert torch.equal(ours(images), theirs(images))
+
+
+@pytest.mark.parametrize(("activation", "module"), [("relu", nn.ReLU), ("tanh", nn.Tanh), ("sigmoid", nn.Sigmoid)])
+def test_the_activation_lies_between_the_layers(activation: str, module: type[nn.Module]) -> None:
+    layers = model.build(specs.MLP(hidden=(5, 4), activation=activation), 0).layers
+    assert [type(layer) for layer in layers] == [nn.Linear, module, nn.Linear, module, nn.Linear]
+
+
+def test_building_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    model.build(specs.MLP(), 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_the_parameter_count_is_the_modules(hidden: tuple[int, ...]) -> None:
+    spec = specs.MLP(hidden=hidden)
+    assert spec.parameters == sum(parameter.numel() for parameter in model.build(spec, 0).parameters())
+
+
+@pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float64, 1e-12, 1e-16), (torch.float32, 1e-5, 1e-7)], ids=["double", "single"])
+@pytest.mark.parametrize("activation", ["relu", "tanh", "sigmoid"])
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("batch", [1, 32])
+def test_the_explicit_gradient_is_autograds(
+    batch: int, hidden: tuple[int, ...], activation: str, dtype: torch.dtype, rtol: float, atol: float, pixels: Tensor, labels: Tensor
+) -> None:
+    module = model.build(specs.MLP(hidden=hidden, activation=activation), 0).to(dtype)
+    parameters = [parameter.detach() for parameter in module.parameters()]
+    gradients = [torch.full_like(parameter, torch.nan) for parameter in parameters]
+    explicit = model.MLPGradient(activation, parameters, gradients, batch)
+    # The second and third batch meet what the one before left in the memory that is kept.
+    for first in (0, batch, 2 * batch):
+        x = pixels[first : first + batch].flatten(1).to(dtype) / 255
+        y = labels[first : first + batch]
+        logits = torch.full((batch, 10), torch.nan, dtype=dtype)
+        explicit(x, functional.one_hot(y, 10).to(dtype), logits)
+        expected = module(x)
+        torch.testing.assert_close(logits, expected, rtol=rtol, atol=10 * atol)
+        wanted = torch.autograd.grad(functional.cross_entropy(expected, y), list(module.parameters()))
+        for ours, theirs in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("normalization", ["unit", "standard"])
+@pytest.mark.parametrize("batch", [1, 3, 257])
+def test_served_probabilities_are_the_networks(batch: int, normalization: str, pixels: Tensor) -> None:
+    network = model.build(specs.MLP(), 0)
+    served = model.Servable(network, *data.normalization(specs.Data(normalization=normalization)))
+    images = pixels[:batch]
+    probabilities = served(images)
+    unit = images.double() / 255
+    normalised = unit if normalization == "unit" else (unit - data.MEAN) / data.STD
+    logits = network.double()(normalised.unsqueeze(1))
+    assert probabilities.shape == (batch, 10)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(batch), rtol=0, atol=1e-6)
+    assert torch.equal(probabilities.argmax(1), logits.argmax(1))
+    torch.testing.assert_close(probabilities.double(), logits.softmax(1), rtol=0, atol=1e-6)
