@@ -56,7 +56,7 @@ def timed_run(home: Path, options: list[str], recorded: bool) -> tuple[float, fl
     wall = time.monotonic() - clock
     outcome = json.loads(result.stdout)
     if recorded:
-        assert outcome["status"] == "FINISHED" and outcome["unsynced"] is None, outcome
+        assert (outcome["status"], outcome["unsynced"]) == ("FINISHED", None), outcome
         return wall, None
     folder = journal.state_folder(home) / outcome["key"]
     first = next(record for record in journal.read(folder / "journal")[0] if record.kind == "train")

@@ -8,26 +8,31 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import REPOSITORY
 
 from fmnist import checkpoint, data, engine
 from fmnist import spec as specs
 
-IMAGES = data.Split(torch.rand(100, specs.PIXELS), torch.arange(100) % 10, torch.arange(100).numpy())
-DATASET = data.Dataset(IMAGES, IMAGES, None)
+DATA = specs.Data(holdout=59_900)
+
+
+@pytest.fixture(scope="module")
+def dataset() -> data.Dataset:
+    return data.load(DATA, REPOSITORY, engine.device(specs.Compute(device="cpu")))
 
 
 def experiment(seed: int = 0, **optimizer: Any) -> specs.ExperimentSpec:
     return specs.ExperimentSpec(
         name="saved",
-        data=specs.Data(holdout=specs.TRAIN_IMAGES - 100),
+        data=DATA,
         model=specs.MLP(hidden=(8,)),
         optimizer=specs.AdamW() if not optimizer else specs.SGD(**optimizer),
         train=specs.Train(batch_size=32, epochs=3, seed=seed),
     )
 
 
-def trained(spec: specs.ExperimentSpec) -> dict[str, Any]:
-    trainer = engine.Engine(spec, DATASET)
+def trained(spec: specs.ExperimentSpec, dataset: data.Dataset) -> dict[str, Any]:
+    trainer = engine.Engine(spec, dataset)
     trainer.train(7)
     return trainer.state()
 
@@ -44,17 +49,17 @@ SPECS = [experiment(lr=0.1), experiment(lr=0.1, momentum=0.9), experiment()]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=["sgd", "momentum", "adamw"])
-def test_a_state_comes_back_bit_for_bit(spec: specs.ExperimentSpec, tmp_path: Path) -> None:
-    state = trained(spec)
+def test_a_state_comes_back_bit_for_bit(spec: specs.ExperimentSpec, tmp_path: Path, dataset: data.Dataset) -> None:
+    state = trained(spec, dataset)
     checkpoint.save(tmp_path / "checkpoint.pt", spec, state)
     loaded = checkpoint.load(tmp_path / "checkpoint.pt", spec)
     assert_same_bits(loaded, state)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_another_specs_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_another_specs_checkpoint_is_refused(tmp_path: Path, dataset: data.Dataset) -> None:
     spec, path = experiment(), tmp_path / "checkpoint.pt"
-    checkpoint.save(path, spec, trained(spec))
+    checkpoint.save(path, spec, trained(spec, dataset))
     with pytest.raises(ValueError, match="another spec"):
         checkpoint.load(path, experiment(seed=1))
     renamed = spec.model_copy(update={"name": "the-same-run-by-another-name"})
@@ -72,13 +77,13 @@ class Bait:
 
 
 @pytest.mark.parametrize("form", ["torch", "pickle"])
-def test_a_file_with_code_in_it_is_refused_and_not_run(form: str, tmp_path: Path) -> None:
+def test_a_file_with_code_in_it_is_refused_and_not_run(form: str, tmp_path: Path, dataset: data.Dataset) -> None:
     spec, path, trap = experiment(), tmp_path / "checkpoint.pt", tmp_path / "trap"
-    content = {"fingerprint": spec.fingerprint, **trained(spec), "more": Bait(trap)}
+    content = {"fingerprint": spec.fingerprint, **trained(spec, dataset), "more": Bait(trap)}
     if form == "torch":
         torch.save(content, path)
     else:
-        path.write_bytes(pickle.dumps(content["more"]))
+        path.write_bytes(pickle.dumps(content["more"], protocol=2))
     with pytest.raises(pickle.UnpicklingError):
         checkpoint.load(path, spec)
     assert not trap.exists()
@@ -87,9 +92,9 @@ def test_a_file_with_code_in_it_is_refused_and_not_run(form: str, tmp_path: Path
     assert trap.exists(), "the bait does nothing, so its refusal proves nothing"
 
 
-def test_a_stale_partial_file_changes_nothing(tmp_path: Path) -> None:
+def test_a_stale_partial_file_changes_nothing(tmp_path: Path, dataset: data.Dataset) -> None:
     spec, path = experiment(), tmp_path / "checkpoint.pt"
-    state = trained(spec)
+    state = trained(spec, dataset)
     checkpoint.save(path, spec, state)
     partial = tmp_path / "checkpoint.pt.partial"
     partial.write_bytes(path.read_bytes()[:500])
@@ -100,9 +105,9 @@ def test_a_stale_partial_file_changes_nothing(tmp_path: Path) -> None:
     assert not partial.exists()
 
 
-def test_a_save_that_breaks_off_leaves_the_good_file(tmp_path: Path) -> None:
+def test_a_save_that_breaks_off_leaves_the_good_file(tmp_path: Path, dataset: data.Dataset) -> None:
     spec, path = experiment(), tmp_path / "checkpoint.pt"
-    state = trained(spec)
+    state = trained(spec, dataset)
     checkpoint.save(path, spec, state)
     with pytest.raises(Exception, match="lambda"):
         checkpoint.save(path, spec, {**state, "unpicklable": lambda: None})

@@ -1,39 +1,38 @@
 """The models: the notebook's network bit for bit, the explicit gradient against autograd, and what is served."""
 
-import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fmnist import data, model
+from fmnist import data, engine, model
 from fmnist import spec as specs
 
 HIDDEN = [(), (16,), (300, 100), (32, 24, 16)]
 
 
 @pytest.fixture(scope="module")
-def pixels() -> Tensor:
-    """Real images as they come, uint8 [N, 28, 28]."""
-    return torch.from_numpy(data.raw_images(REPOSITORY, 1_000))
+def images() -> data.Split:
+    return data.load(specs.Data(), REPOSITORY, engine.device(specs.Compute(device="cpu"))).validation
 
 
 @pytest.fixture(scope="module")
-def labels() -> Tensor:
-    return torch.from_numpy(data._read(REPOSITORY, "t10k")[1][:1_000].astype(np.int64))
+def pixels() -> Tensor:
+    """The same images as they come, uint8 [N, 28, 28]."""
+    return torch.from_numpy(data.raw_images(REPOSITORY, 1_000))
 
 
 @pytest.mark.parametrize("seed", [0, 7])
-def test_the_default_model_is_the_notebooks(seed: int, pixels: Tensor) -> None:
+def test_the_default_model_is_the_notebooks(seed: int, images: data.Split) -> None:
     ours = model.build(specs.MLP(), seed)
     torch.manual_seed(seed)
     layers = nn.Flatten(), nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)
     theirs = nn.Sequential(*layers)
     for our, their in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(our, their)
-    images = pixels[:9].unsqueeze(1) / 255
-    assert torch.equal(ours(images), theirs(images))
+    batch = images.images[:9].view(-1, 1, 28, 28)
+    assert torch.equal(ours(batch), theirs(batch))
 
 
 @pytest.mark.parametrize(("activation", "module"), [("relu", nn.ReLU), ("tanh", nn.Tanh), ("sigmoid", nn.Sigmoid)])
@@ -60,7 +59,7 @@ def test_the_parameter_count_is_the_modules(hidden: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("batch", [1, 32])
 def test_the_explicit_gradient_is_autograds(
-    batch: int, hidden: tuple[int, ...], activation: str, dtype: torch.dtype, rtol: float, atol: float, pixels: Tensor, labels: Tensor
+    batch: int, hidden: tuple[int, ...], activation: str, dtype: torch.dtype, rtol: float, atol: float, images: data.Split
 ) -> None:
     module = model.build(specs.MLP(hidden=hidden, activation=activation), 0).to(dtype)
     parameters = [parameter.detach() for parameter in module.parameters()]
@@ -68,8 +67,7 @@ def test_the_explicit_gradient_is_autograds(
     explicit = model.MLPGradient(activation, parameters, gradients, batch)
     # The second and third batch meet what the one before left in the memory that is kept.
     for first in (0, batch, 2 * batch):
-        x = pixels[first : first + batch].flatten(1).to(dtype) / 255
-        y = labels[first : first + batch]
+        x, y = images.images[first : first + batch].to(dtype), images.labels[first : first + batch]
         logits = torch.full((batch, 10), torch.nan, dtype=dtype)
         explicit(x, functional.one_hot(y, 10).to(dtype), logits)
         expected = module(x)
@@ -84,9 +82,9 @@ def test_the_explicit_gradient_is_autograds(
 def test_served_probabilities_are_the_networks(batch: int, normalization: str, pixels: Tensor) -> None:
     network = model.build(specs.MLP(), 0)
     served = model.Servable(network, *data.normalization(specs.Data(normalization=normalization)))
-    images = pixels[:batch]
-    probabilities = served(images)
-    unit = images.double() / 255
+    given = pixels[:batch]
+    probabilities = served(given)
+    unit = given.double() / 255
     normalised = unit if normalization == "unit" else (unit - data.MEAN) / data.STD
     logits = network.double()(normalised.unsqueeze(1))
     assert probabilities.shape == (batch, 10)
