@@ -3,7 +3,7 @@
 A run lives in mlruns/state/<run key>/ while it trains and until it is carried into MLflow:
 
     lock            held (flock) by the trainer as long as it lives; holds its pid and host
-    run.json        key, display name, start, and whether a sidecar may carry it
+    run.json        key, display name, start, and the store that it is for (none with --no-sync)
     spec.yaml       the resolved spec
     environment.json
     journal         the records below
@@ -17,6 +17,7 @@ for `train` the arrays it names. A torn or damaged record ends what can be read.
 import contextlib
 import errno
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -86,9 +87,10 @@ def state_folder(root: Path) -> Path:
     return root / "mlruns" / "state"
 
 
-def carrier_lock(root: Path) -> Path:
-    """Held by the one process that carries this root's journals into MLflow."""
-    return root / "mlruns" / ".sidecar.lock"
+def carrier_lock(root: Path, store: str = "local") -> Path:
+    """Held, with its pid in it, by the one process that carries this root's journals into a store."""
+    digest = "" if store == "local" else f"-{hashlib.sha256(store.encode()).hexdigest()[:8]}"
+    return root / "mlruns" / f".sidecar{digest}.lock"
 
 
 class Journal:
@@ -98,8 +100,8 @@ class Journal:
         self.folder, self._lock, self._file = folder, lock, file
 
     @classmethod
-    def create(cls, root: Path, spec: specs.ExperimentSpec, display_name: str, environment: dict[str, Any], carry: bool) -> Self:
-        """Start a run; with `carry` false only `fmnist sync` takes it to MLflow. Raises OSError where mlruns/ can't be written."""
+    def create(cls, root: Path, spec: specs.ExperimentSpec, display_name: str, environment: dict[str, Any], store: str | None) -> Self:
+        """Start a run for a store, or for none until `fmnist sync` takes it; raises OSError where mlruns/ can't be written."""
         state = state_folder(root)
         started = now_ms()
         stamp = datetime.fromtimestamp(started / 1000, UTC).strftime("%Y%m%dT%H%M%S")
@@ -113,7 +115,7 @@ class Journal:
         (partial / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
         for attempt in itertools.count(1):  # the same spec may be started several times within a second
             unique = key if attempt == 1 else f"{key}-{attempt}"
-            run = {"key": unique, "name": display_name, "started_ms": started, "carry": carry}
+            run = {"key": unique, "name": display_name, "started_ms": started, "store": store}
             (partial / "run.json").write_text(json.dumps(run), encoding="utf-8")
             try:
                 partial.rename(state / unique)

@@ -31,7 +31,7 @@ class MLP(nn.Module):
         return logits
 
 
-def build(spec: specs.MLP, seed: int) -> nn.Module:
+def build(spec: specs.Model, seed: int) -> nn.Module:
     """The model of a spec, initialised as its modules initialise themselves after torch.manual_seed(seed)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -88,7 +88,7 @@ def run(resolved: specs.Resolved, root: Path, sync: bool, say: Callable[[str], N
     dataset = data.load(spec.data, root, device, say)
     engine = engines.Engine(spec, dataset)
     try:
-        journal = Journal.create(root, spec, resolved.display_name, _environment(device), carry=sync)
+        journal = Journal.create(root, spec, resolved.display_name, _environment(device), specs.store_name() if sync else None)
     except OSError as error:
         raise StoreError(
             f"{root / 'mlruns'}: can't be written: {error.strerror or error}; mend that or set FMNIST_HOME to another folder"
@@ -119,27 +119,27 @@ def _record_failure(journal: Journal, outcome: Outcome, error: Exception) -> Non
         journal.event("end", status=outcome.status, reason=outcome.reason, traceback=details)
 
 
+@dataclass
 class _Run:
     """One run's training: the plan walked segment by segment."""
 
-    def __init__(
-        self,
-        spec: specs.ExperimentSpec,
-        engine: engines.Engine,
-        dataset: data.Dataset,
-        journal: Journal,
-        outcome: Outcome,
-        watch: Callable[[Progress], None],
-        caught: list[int],
-    ) -> None:
-        self.spec, self.engine, self.dataset, self.journal = spec, engine, dataset, journal
-        self.outcome, self.watch, self.caught = outcome, watch, caught
-        self.evaluated: list[int] = []  # steps
-        self.best: tuple[int, float, float]  # step, loss, accuracy
-        self.interval: list[engines.Curves] = []  # since the last evaluation
-        self.latest: engines.Evaluation
-        self.best_state: dict[str, Any] | None = None
-        self.last_curves: engines.Curves | None = None
+    spec: specs.ExperimentSpec
+    engine: engines.Engine
+    dataset: data.Dataset
+    journal: Journal
+    outcome: Outcome
+    watch: Callable[[Progress], None]
+    caught: list[int]
+    """Signals that came."""
+    evaluated: list[int] = field(default_factory=list)
+    """Steps."""
+    best: tuple[int, float, float] = field(init=False)
+    """Step, loss, accuracy."""
+    best_state: dict[str, Any] | None = None
+    latest: engines.Evaluation = field(init=False)
+    interval: list[engines.Curves] = field(default_factory=list)
+    """Since the last evaluation."""
+    last_curves: engines.Curves | None = None
 
     def train(self) -> None:
         for segment in specs.plan(self.spec):
@@ -174,16 +174,8 @@ class _Run:
     def _evaluate(self) -> None:
         self.latest = self.engine.evaluate(self.dataset.validation)
         step, curves = self.engine.step, self.last_curves
-        self.journal.event(
-            "evaluation",
-            step=step,
-            epoch=step / self.spec.steps_per_epoch,
-            **{
-                "val/loss": self.latest.loss,
-                "val/accuracy": self.latest.accuracy,
-                "train/lr": None if curves is None else float(curves.lr[-1]),
-            },
-        )
+        measured = {"epoch": step / self.spec.steps_per_epoch, "val/loss": self.latest.loss, "val/accuracy": self.latest.accuracy}
+        self.journal.event("evaluation", step=step, **measured, **{"train/lr": None if curves is None else float(curves.lr[-1])})
         evaluation = (step, self.latest.loss, self.latest.accuracy)
         if not self.evaluated or self._beats(evaluation, self.best):
             self.best = evaluation
@@ -233,12 +225,8 @@ class _Run:
         np.savez(partial, allow_pickle=False, **arrays)
         partial.replace(self.journal.folder / "predictions.npz")
         checkpoint.save(self.journal.folder / "checkpoint.pt", self.spec, self.engine.state())
-        told = {
-            "weights": self.outcome.weights,
-            "collapsed_at": self.outcome.collapsed_at,
-            "stopped_early_at": self.outcome.stopped_early_at,
-        }
-        self.journal.event("final", metrics=metrics, training_s=self.outcome.training_s, **told)
+        told = {name: getattr(self.outcome, name) for name in ("weights", "collapsed_at", "stopped_early_at", "training_s")}
+        self.journal.event("final", metrics=metrics, **told)
         self.journal.event("end", status="FINISHED", reason=None)
         self.outcome.status = "FINISHED"
 
@@ -372,7 +360,7 @@ def _wait_for_carrier(root: Path, folder: Path, carrier: "subprocess.Popen[bytes
             if time.monotonic() - quiet_since > CARRIER_SILENCE_S:
                 outcome.unsynced = note.get("error") or f"nothing was carried over for {CARRIER_SILENCE_S} s; see mlruns/sidecar.log"
                 return
-            if carrier.poll() is not None and not is_locked(carrier_lock(root)):
+            if carrier.poll() is not None and not is_locked(carrier_lock(root, specs.store_name())):
                 carrier = _start_carrier(root)
             time.sleep(0.05)
     except KeyboardInterrupt:

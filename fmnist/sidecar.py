@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmnist.journal import Record, StateFolder, carrier_lock, curves, is_locked, points, read, state_folders
+from fmnist.spec import store_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +50,7 @@ def main() -> None:
 @contextlib.contextmanager
 def _sole_carrier(root: Path, wait: bool) -> Iterator[None]:
     """Hold the root's carrier lock, with our pid in it; raises BlockingIOError where another process has it and `wait` is false."""
-    with open(carrier_lock(root), "a+") as lock:
+    with open(carrier_lock(root, store_name()), "a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         lock.truncate(0)
         lock.write(str(os.getpid()))
@@ -62,14 +63,15 @@ def _serve(root: Path) -> None:
     carriers: dict[Path, Carrier] = {}
     store: Store | None = None
     idle_since, backoff, rehearsed = time.monotonic(), PERIOD_S, False
-    while time.monotonic() - idle_since < IDLE_S and carrier_lock(root).exists():
+    while time.monotonic() - idle_since < IDLE_S and carrier_lock(root, store_name()).exists():
         for folder in state_folders(root):
-            if not folder.run["carry"]:
+            if folder.run["store"] != store_name():
                 continue
             try:
-                if store is None:
-                    store = _connect(root)
-                carrier = carriers.setdefault(folder.path, Carrier(folder, store))
+                store = store or _connect(root)
+                if folder.path not in carriers:
+                    carriers[folder.path] = Carrier(folder, store)
+                carrier = carriers[folder.path]
                 if carrier.advance():
                     idle_since, backoff = time.monotonic(), PERIOD_S
                     if not rehearsed and not carrier.closed:
@@ -99,15 +101,19 @@ def _report(folder: StateFolder, error: Exception) -> str:
 
 
 def sync(root: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Carry everything that is not yet in MLflow, now, in place of a sidecar that may be at work; raises StoreError."""
+    """Carry every run that is meant for this store or for none yet, now, in place of a sidecar that may be at work."""
     results: list[dict[str, Any]] = []
     if not state_folders(root):
         return results
-    if is_locked(carrier_lock(root)):  # it may be ended at any moment, and would idle on for a while
-        os.kill(int(carrier_lock(root).read_text()), signal.SIGTERM)
+    lock = carrier_lock(root, store_name())
+    if is_locked(lock):  # it may be ended at any moment, and would idle on for a while
+        os.kill(int(lock.read_text()), signal.SIGTERM)
     with _sole_carrier(root, wait=True):
         store = _connect(root)
         for folder in state_folders(root):
+            if folder.run["store"] not in (None, store_name()):
+                say(f"{folder.path.name}: is for {folder.run['store']}; set or unset MLFLOW_TRACKING_URI accordingly and sync again")
+                continue
             if folder.carried.get("closed"):
                 Carrier(folder, store).advance()
                 continue

@@ -56,6 +56,10 @@ class MLP(Section):
         return sum((inputs + 1) * outputs for inputs, outputs in pairwise(widths))
 
 
+Model = MLP
+"""The models there are; a second one makes this a union told apart by `type` (README, 'Add a model')."""
+
+
 class Update(Section):
     lr: Annotated[float, Field(gt=0, le=1_000)] = 1e-3
     """Learning rate: the peak that the schedule starts from or climbs to."""
@@ -172,8 +176,7 @@ class ExperimentSpec(Section):
     question: str = ""
     """What the run is to answer."""
     data: Data = Data()
-    model: MLP = MLP()
-    """Add a model by making this a union of sections told apart by `type`, as optimizer is."""
+    model: Model = MLP()
     optimizer: Annotated[SGD | Adam | AdamW, Field(discriminator="type")] = SGD()
     schedule: Annotated[Constant | Step | Cosine | Linear | OneCycle, Field(discriminator="type")] = Constant()
     train: Train = Train()
@@ -323,6 +326,11 @@ def tracking_server() -> str | None:
 def redacted(uri: str) -> str:
     """A URI without the user and password in it."""
     return re.sub(r"//[^/@]*@", "//", uri)
+
+
+def store_name() -> str:
+    """What tells one record of runs from another: 'local', or a server's address."""
+    return redacted(tracking_server() or "local")
 
 
 def names(root: Path) -> list[str]:

@@ -63,7 +63,11 @@ def taken() -> Iterator[int]:
         (["run", "baseline", "--set", "train.epoch=3"], {}, ["--set train.epoch=3", "did you mean 'epochs'", "batch_size"]),
         (["show", "baselin", "--json"], {}, ["unknown experiment 'baselin'", "did you mean 'baseline'?"]),
         (["run", "baseline"], {"MLFLOW_TRACKING_URI": "file://me:secret@/tmp/runs"}, ["MLFLOW_TRACKING_URI", "http://", "unset it"]),
-        (["report"], {"MLFLOW_TRACKING_URI": "sqlite:///runs.db"}, ["MLFLOW_TRACKING_URI", "'sqlite:///runs.db'", "unset it"]),
+        (
+            ["report"],
+            {"MLFLOW_TRACKING_URI": "sqlite:////nowhere/runs.db"},
+            ["MLFLOW_TRACKING_URI", "'sqlite:////nowhere/runs.db'", "unset it"],
+        ),
     ],
 )
 def test_a_mistake_is_one_line_with_its_remedy_and_nothing_is_begun(

@@ -168,9 +168,11 @@ def unreachable(into: Path) -> None:
     raise OSError("no route\nto host")
 
 
-def test_nothing_is_fetched_when_the_files_are_there() -> None:
+def test_nothing_is_fetched_or_written_when_the_files_are_there(tmp_path: Path) -> None:
+    (tmp_path / "data" / ".lock").mkdir(parents=True)  # so that nobody can lock it, as in a folder that is read-only
+    (tmp_path / "data" / "FashionMNIST").symlink_to(REPOSITORY / "data" / "FashionMNIST")
     said: list[str] = []
-    data.ensure(REPOSITORY, said.append, [("none", unreachable)])
+    data.ensure(tmp_path, said.append, [("none", unreachable)])
     assert said == []
 
 

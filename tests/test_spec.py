@@ -130,9 +130,8 @@ def test_a_default_written_out_leaves_the_fingerprint(home: Path, name: str) -> 
 
 
 def test_a_variants_own_default_is_the_one_that_is_left_out(home: Path) -> None:
-    plain, same, other = (
-        load(home, f"optimizer: {{type: adamw{rest}}}").spec for rest in ("", ", weight_decay: 0.01", ", weight_decay: 0")
-    )
+    texts = ["optimizer: {type: adamw}", "optimizer: {type: adamw, weight_decay: 0.01}", "optimizer: {type: adamw, weight_decay: 0}"]
+    plain, same, other = (load(home, text).spec for text in texts)
     assert plain.fingerprint == same.fingerprint != other.fingerprint
 
 
@@ -292,7 +291,6 @@ BAD_NAMES = ["no", "yes", "on", "null", "a/b", "../baseline", "/etc/passwd", "a\
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_name_that_could_be_a_path_or_a_yaml_word_is_refused_everywhere(home: Path, name: str) -> None:
-    put(home, fine="")
     (line,) = refusal(home, "", name=name)
     assert repr(name) in line
     assert "allowed are a to z" in line
@@ -311,17 +309,11 @@ def test_a_file_that_is_not_utf_8_is_refused(home: Path, content: bytes) -> None
     assert line.startswith("experiments/bytes.yaml")
 
 
-ODD = [
-    "optimizer:\n  <<: {lr: 1}",
-    "<<: {train: {}}",
-    "optimizer: !!omap [lr: 1]",
-    "train: {epochs: !!bool x}",
-    "train: {epochs: !!int ''}",
-]
-ODD += ["train: {epochs: !!float}", "model: {hidden: !!set x}", "model: {hidden: !!set {1, 2}}", "question: !!binary aGk=", "? [a]\n: 1"]
+ODD = ["optimizer:\n  <<: {lr: 1}", "<<: {train: {}}", "optimizer: !!omap [lr: 1]", "optimizer: =", "train: {epochs: !!bool x}"]
+ODD += ["train: {epochs: !!int ''}", "train: {epochs: !!float}", "model: {hidden: !!set x}", "model: {hidden: !!set {1, 2}}", "? [a]\n: 1"]
 ODD += ["train: {epochs: !!python/object:os.system {}}", "train: &x [*x]", "train: &x {seed: *x}", "a: " + "[" * 500, "a: " + "{a: " * 30]
 ODD += [f"train: {{{key}: {value}}}" for key in ("epochs", "eval_every") for value in ("0x" + "f" * 5000, "9" * 5000)]
-ODD += ['question: "\\ud800"', 'question: "\\x7f\\u0085\\e[31m"', "optimizer: ="]
+ODD += ["question: !!binary aGk=", 'question: "\\ud800"', 'question: "\\x7f\\u0085\\e[31m"']
 
 
 def loads_or_is_refused(home: Path, content: bytes) -> None:
@@ -340,8 +332,7 @@ def test_odd_yaml_loads_or_is_refused(home: Path, text: str) -> None:
 
 LINES = BASELINE.splitlines()
 VALUES = re.split(
-    "  +",
-    "null  []  {}  {a: 1}  [1, [2]]  -1  0  1e999  0x  .inf  true  no  ''  ~  =  <<  *x  &x  &x 1  !!bool  !!int  !t  |  [  }  -  %  @",
+    "  +", "null  []  {}  {a: 1}  [1, [2]]  -1  1e999  0x  .inf  true  ''  ~  =  <<  *x  &x 1  !!bool  !!int  !t  |  [  }  - 1  %  @"
 )
 CHANGE = st.tuples(st.integers(0, len(LINES) - 1), st.sampled_from(["value", "drop", "twice", "indent", "key"]), st.sampled_from(VALUES))
 
