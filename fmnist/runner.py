@@ -6,7 +6,6 @@ Nothing here computes and nothing here knows MLflow: the journal is carried ther
 import contextlib
 import importlib.metadata
 import platform
-import shlex
 import signal
 import subprocess
 import sys
@@ -88,7 +87,9 @@ def run(resolved: specs.Resolved, root: Path, sync: bool, say: Callable[[str], N
     dataset = data.load(spec.data, root, device, say)
     engine = engines.Engine(spec, dataset)
     try:
-        journal = Journal.create(root, spec, resolved.display_name, _environment(device), specs.store_name() if sync else None)
+        journal = Journal.create(
+            root, spec, resolved.display_name, _environment(resolved.command, device), specs.store_name() if sync else None
+        )
     except OSError as error:
         raise StoreError(
             f"{root / 'mlruns'}: can't be written: {error.strerror or error}; mend that or set FMNIST_HOME to another folder"
@@ -282,12 +283,12 @@ def _preflight(sync: bool) -> None:
         ) from None
 
 
-def _environment(device: torch.device) -> dict[str, Any]:
+def _environment(command: str, device: torch.device) -> dict[str, Any]:
     """What could make the same spec give other numbers elsewhere."""
     packages = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name}
     return {
         "fmnist": __version__,
-        "command": shlex.join(sys.argv),
+        "command": command,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),

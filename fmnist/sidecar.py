@@ -152,6 +152,15 @@ class Carrier:
             if not self.folder.running and self.folder.path.exists():
                 self.folder.remove()
             return False
+        try:
+            return self._carry()
+        except Exception:
+            if self.run_id is None or not self.store.is_deleted(self.run_id):
+                raise
+            self._mark_closed("DELETED", "the run was deleted in MLflow")
+            return True
+
+    def _carry(self) -> bool:
         running = self.folder.running  # asked before reading: what was written before the end is then surely read
         if self.run_id is None:
             self._open()
@@ -203,10 +212,6 @@ class Carrier:
         end = next((record.fields for record in records if record.kind == "end"), None)
         status = end["status"] if end else "KILLED"
         reason = end["reason"] if end else "the process ended without a word (kill -9, out of memory or power loss)"
-        if self.store.is_deleted(self._run_id):
-            self.closed, self.reason = "DELETED", "the run was deleted in MLflow"
-            self._note()
-            return
         expected = Counter(point.key for record in records for point in points(self.spec, record))
         status, reason = self._check_counts(records, expected, status, reason)
         final = next((record for record in records if record.kind == "final"), None)
@@ -214,9 +219,8 @@ class Carrier:
         if reason:
             tags["reason"] = reason[:500]
         if final:
-            tags |= {
-                key: str(final.fields[key]) for key in ("weights", "collapsed_at", "stopped_early_at") if final.fields[key] is not None
-            }
+            told = {key: final.fields[key] for key in ("weights", "collapsed_at", "stopped_early_at")}
+            tags |= {key: str(value) for key, value in told.items() if value is not None}
         with tempfile.TemporaryDirectory(prefix="fmnist-") as folder:
             if end and end.get("traceback"):
                 (Path(folder) / "traceback.txt").write_text(end["traceback"], encoding="utf-8")
@@ -225,12 +229,11 @@ class Carrier:
         if final:
             self._log_model(final)
         self.store.set_tags(self._run_id, tags)
-        ended = (
-            end["t"]
-            if end
-            else max([self.folder.run["started_ms"]] + [record.fields.get("t1", record.fields.get("t", 0)) for record in records])
-        )
-        self.store.close_run(self._run_id, status, ended)
+        times = [int(record.fields["t1"] if record.kind == "train" else record.fields["t"]) for record in records]
+        self.store.close_run(self._run_id, status, max(times, default=self.folder.run["started_ms"]))
+        self._mark_closed(status, reason)
+
+    def _mark_closed(self, status: str, reason: str | None) -> None:
         self.closed, self.reason = status, reason
         self._note()
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -294,8 +295,16 @@ class Resolved:
     """A spec, where each value that was written down came from, and the paths that overrides set."""
 
     spec: ExperimentSpec
+    file: str
+    """The name it was loaded by."""
     origins: Origins
     overridden: tuple[str, ...]
+
+    @property
+    def command(self) -> str:
+        """What a shell is told to run this again."""
+        settings = dict.fromkeys(self.origins[path].removeprefix("--set ") for path in self.overridden)
+        return shlex.join(["fmnist", "run", self.file, *(word for setting in settings for word in ("--set", setting))])
 
     @property
     def display_name(self) -> str:
@@ -350,7 +359,7 @@ def load(name: str, overrides: Sequence[str] = (), root: Path | None = None) -> 
         _merge(tree, values)
         origins |= places
     overridden = tuple(path for path, _ in _leaves(layers[-1][0]))
-    return Resolved(_validate(tree, origins, f"experiments/{name}.yaml"), origins, overridden)
+    return Resolved(_validate(tree, origins, f"experiments/{name}.yaml"), name, origins, overridden)
 
 
 def parse(text: str, place: str) -> ExperimentSpec:
@@ -417,6 +426,7 @@ def _override_layer(overrides: Sequence[str]) -> Layer:
         for depth in range(len(keys), 0, -1):
             origins[".".join(keys[:depth])] = place
             branch = {keys[depth - 1]: branch}
+        origins |= dict.fromkeys((leaf for leaf, _ in _leaves(branch)), place)
         _merge(values, branch)
     return values, origins
 

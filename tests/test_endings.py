@@ -199,3 +199,15 @@ def test_progress_is_shown_on_a_terminal_and_only_there(fmnist: Fmnist, home: Pa
     assert b"60/60" in shown
     assert b"steps/s" in shown
     assert fmnist(*SMALL, "--no-sync").stderr == ""
+
+
+def test_run_deleted_in_mlflow_while_it_trains_stays_deleted(home: Path) -> None:
+    process = start(*LONG, "-s", "train.epochs=3", "--json")
+    wait_for(lambda: trained(home) >= 1000 and journal.state_folders(home)[0].carried.get("offset"))
+    store = tracking.connect(home)
+    run_id = journal.state_folders(home)[0].carried["run_id"]
+    store.client.delete_run(run_id)
+    outcome = json.loads(process.communicate(timeout=120)[0])
+    assert (process.returncode, outcome["status"]) == (0, "DELETED")
+    assert store.client.get_run(run_id).info.lifecycle_stage == "deleted"
+    assert store.runs(status=None).empty

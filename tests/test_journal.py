@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import REPOSITORY
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmnist import journal
@@ -24,8 +24,8 @@ SPEC = specs.ExperimentSpec(name="small", train=specs.Train(epochs=2, batch_size
 ENVIRONMENT = {"python": "3", "packages": {"torch": "2"}}
 
 
-def start(root: Path, spec: specs.ExperimentSpec = SPEC, carry: bool = True) -> Journal:
-    return Journal.create(root, spec, f"{spec.name} lr=0.1", ENVIRONMENT, carry)
+def start(root: Path, spec: specs.ExperimentSpec = SPEC, store: str | None = "local") -> Journal:
+    return Journal.create(root, spec, f"{spec.name} lr=0.1", ENVIRONMENT, store)
 
 
 def values(count: int, first: int = 1) -> dict[str, np.ndarray]:
@@ -57,14 +57,14 @@ def write(written: Journal) -> list[int]:
 # ---- the folder
 
 
-@pytest.mark.parametrize("carry", [True, False])
-def test_a_folder_is_whole_and_locked_until_release(carry: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("store", ["local", "http://127.0.0.1:5000", None])
+def test_a_folder_is_whole_and_locked_until_release(store: str | None, tmp_path: Path) -> None:
     before = journal.now_ms()
-    made = start(tmp_path, carry=carry)
+    made = start(tmp_path, store=store)
     [found] = journal.state_folders(tmp_path)
     assert found.path == made.folder
     started = found.run.pop("started_ms")
-    assert found.run == {"key": made.folder.name, "name": "small lr=0.1", "carry": carry}
+    assert found.run == {"key": made.folder.name, "name": "small lr=0.1", "store": store}
     assert before <= started <= journal.now_ms()
     assert found.spec == SPEC
     assert json.loads((found.path / "environment.json").read_text()) == ENVIRONMENT
@@ -76,7 +76,7 @@ def test_a_folder_is_whole_and_locked_until_release(carry: bool, tmp_path: Path)
 
 def test_a_folder_that_cant_be_made_whole_is_never_seen(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
-        Journal.create(tmp_path, SPEC, "small", {"not": {"for", "JSON"}}, True)
+        Journal.create(tmp_path, SPEC, "small", {"not": {"for", "JSON"}}, "local")
     assert journal.state_folders(tmp_path) == []
     assert list(journal.state_folder(tmp_path).glob("[!.]*")) == []
 
@@ -91,7 +91,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from fmnist import journal, spec as specs
-held = journal.Journal.create(Path(sys.argv[1]), specs.ExperimentSpec(name="held"), "held", {}, True)
+held = journal.Journal.create(Path(sys.argv[1]), specs.ExperimentSpec(name="held"), "held", {}, None)
 held.event("end", status="FINISHED")
 print(held.folder, flush=True)
 time.sleep(60)
@@ -141,6 +141,12 @@ def test_a_removed_folder_is_gone(tmp_path: Path) -> None:
     start(tmp_path).release()
     journal.state_folders(tmp_path)[0].remove()
     assert list(journal.state_folder(tmp_path).iterdir()) == []
+
+
+def test_each_root_and_store_has_one_carrier(tmp_path: Path) -> None:
+    locks = {journal.carrier_lock(root, store) for root in (tmp_path, tmp_path / "other") for store in ("local", "http://a", "http://b")}
+    assert len(locks) == 6
+    assert journal.carrier_lock(tmp_path, "http://a") in locks
 
 
 # ---- the records
@@ -207,7 +213,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from fmnist import journal, spec as specs
-full = journal.Journal.create(Path(sys.argv[1]), specs.ExperimentSpec(name="full"), "full", {}, True)
+full = journal.Journal.create(Path(sys.argv[1]), specs.ExperimentSpec(name="full"), "full", {}, None)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 arrays = {name: np.zeros(9, dtype) for name, dtype in journal.ARRAYS.items()}
 failed = 0
@@ -240,6 +246,7 @@ def evaluation(step: int, **changed: Any) -> Record:
     return Record("evaluation", fields | changed)
 
 
+@settings(deadline=None)  # the first call is slow on a busy machine
 @given(counts=st.lists(st.integers(1, 30), min_size=1, max_size=8), every=st.integers(1, 40), duration=st.integers(0, 100))
 def test_points_are_every_nth_step_however_the_records_are_cut(counts: list[int], every: int, duration: int) -> None:
     spec = SPEC.model_copy(update={"tracking": specs.Tracking(log_every=every)})
