@@ -303,7 +303,7 @@ def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)
             f"the runs are recorded at MLFLOW_TRACKING_URI: open {specs.redacted(address)} in a browser, or unset it for the local store"
         )
     if not _is_free(port):
-        other = next(candidate for candidate in range(port + 1, 65536) if _is_free(candidate))
+        other = next(candidate for candidate in (*range(port + 1, 65536), *range(1024, port)) if _is_free(candidate))
         raise UserError(f"port {port} on 127.0.0.1 is taken, perhaps by another `make ui`; port {other} is free: make ui PORT={other}")
     tracking.connect(root, create=True).experiment(specs.Tracking().experiment)
     log = root / "mlruns" / "ui.log"

@@ -141,6 +141,7 @@ def _fetch(raw: Path, wanted: dict[str, str], say: Callable[[str], None], source
                 return
             except Exception as error:  # whatever a source raises, the next one is tried and the reason is told
                 failures.append(f"  {label}: {' '.join(str(error).split())[:200] or type(error).__name__}")
+                say(failures[-1].strip())
     raise DataError(
         f"Fashion-MNIST is not in {raw} and could not be fetched. Tried:\n"
         + "\n".join(failures)

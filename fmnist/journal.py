@@ -215,9 +215,10 @@ def curves(spec: specs.ExperimentSpec, records: list[Record]) -> "pd.DataFrame":
     """Every step, one row each: step, epoch, elapsed_s, train/loss, train/accuracy, train/lr, val/loss, val/accuracy (NaN where none)."""
     import pandas as pd
 
-    train = [record for record in records if record.kind == "train"]
+    # A record of no steps first: a run that broke off before its first step has the same columns.
+    nothing = Record("train", {"first": 1, "count": 0, "elapsed_s": 0.0}, {name: np.empty(0, dtype) for name, dtype in ARRAYS.items()})
     frames, elapsed = [], 0.0
-    for record in train:
+    for record in [nothing, *(record for record in records if record.kind == "train")]:
         count = record.fields["count"]
         steps = np.arange(record.fields["first"], record.fields["first"] + count)
         seconds = np.linspace(elapsed, record.fields["elapsed_s"], count + 1)[1:]
@@ -225,9 +226,10 @@ def curves(spec: specs.ExperimentSpec, records: list[Record]) -> "pd.DataFrame":
         frames.append(pd.DataFrame({"step": steps, "elapsed_s": seconds, **columns}))
         elapsed = record.fields["elapsed_s"]
     evaluations = [record.fields for record in records if record.kind == "evaluation"]
-    val = pd.DataFrame(evaluations, columns=["step", "val/loss", "val/accuracy"])
-    by_step = pd.concat(frames) if frames else pd.DataFrame({"step": np.array([], np.int64)})
-    frame = by_step.merge(val, on="step", how="outer").sort_values("step", ignore_index=True)
+    val = pd.DataFrame(evaluations, columns=["step", "val/loss", "val/accuracy"]).astype(
+        {"step": int, "val/loss": float, "val/accuracy": float}
+    )
+    frame = pd.concat(frames).merge(val, on="step", how="outer").sort_values("step", ignore_index=True)
     frame.insert(1, "epoch", frame["step"] / spec.steps_per_epoch)
     return frame
 

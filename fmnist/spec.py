@@ -5,6 +5,7 @@ Pure: no torch, no MLflow, nothing written; loading takes milliseconds and every
 
 import difflib
 import hashlib
+import io
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fmnist.errors import SpecError, StoreError
 
@@ -29,7 +30,10 @@ SEGMENT_STEPS = 1_000
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 YAML_1_1_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
-MAX_FILE_BYTES = 100_000
+MAX_STEPS, MAX_EVALUATIONS = 100_000_000, 100_000
+MAX_FILE_BYTES, MAX_DEPTH = 100_000, 6
+YAML_TAG = "tag:yaml.org,2002:"
+YAML_TAGS = {f"{YAML_TAG}{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")}
 
 
 class Section(BaseModel):
@@ -100,7 +104,7 @@ class AdamW(Adaptive):
 
 class Schedule(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the learning rate climbs linearly to optimizer.lr; the schedule proper runs over the steps that follow."""
+    """Steps over which the learning rate climbs linearly to the schedule's first; the schedule itself runs over the steps that follow."""
 
 
 class Constant(Schedule):
@@ -171,10 +175,25 @@ class Compute(Section):
     """CPU threads of the trainer; for matrices this small one is the fastest."""
 
 
+def _valid_name(name: str) -> str:
+    if not NAME.fullmatch(name) or name in YAML_1_1_WORDS or ".." in name:
+        raise ValueError(
+            f"experiment name: given {_short(name)}; allowed are a to z, 0 to 9 and . _ - (at most 64, a letter or digit first, no path separators,"
+            " none of the YAML words yes, no, on, off, true, false, null)"
+        )
+    return name
+
+
+def _readable(text: str) -> str:
+    if not text.replace("\n", "").isprintable():
+        raise ValueError(f"given {_short(text)}; only characters that can be printed, and line ends, are taken")
+    return text
+
+
 class ExperimentSpec(Section):
-    name: Annotated[str, Field(max_length=64)]
+    name: Annotated[str, AfterValidator(_valid_name)]
     """The file's name, unless given."""
-    question: str = ""
+    question: Annotated[str, AfterValidator(_readable)] = ""
     """What the run is to answer."""
     data: Data = Data()
     model: Model = MLP()
@@ -186,11 +205,14 @@ class ExperimentSpec(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ExperimentSpec":
-        check_name(self.name)
         if self.train.batch_size > self.train_images:
             raise ValueError(
                 f"train.batch_size: {self.train.batch_size} is more than the {self.train_images} images trained on; give at most that"
             )
+        if self.steps > MAX_STEPS:
+            raise ValueError(f"train.epochs: {self.train.epochs} makes {self.steps:,} steps; a run has at most {MAX_STEPS:,} steps")
+        if self.steps // self.train.eval_every > MAX_EVALUATIONS:
+            raise ValueError(f"train.eval_every: {self.train.eval_every} is too small; a run has at most {MAX_EVALUATIONS:,} evaluations")
         if self.schedule.warmup_steps >= self.steps:
             raise ValueError(
                 f"schedule.warmup_steps: {self.schedule.warmup_steps} leaves nothing of the run's {self.steps} steps; give fewer, or more epochs"
@@ -221,13 +243,13 @@ class ExperimentSpec(Section):
     @property
     def group(self) -> str:
         """The fingerprint without the seed: runs that share it differ by chance alone."""
-        definition = self._definition()
-        definition.get("train", {}).pop("seed", None)
-        return _digest(definition)
+        return _digest(self._definition(without_seed=True))
 
-    def _definition(self) -> dict[str, Any]:
+    def _definition(self, without_seed: bool = False) -> dict[str, Any]:
         sections = {"data", "model", "optimizer", "schedule", "train"}
         changed = self.model_dump(mode="json", include=sections, exclude_defaults=True)
+        if without_seed:
+            changed.get("train", {}).pop("seed", None)
         for section in ("model", "optimizer", "schedule"):
             changed.setdefault(section, {})["type"] = getattr(self, section).type
         return {section: fields for section, fields in changed.items() if fields}
@@ -241,14 +263,12 @@ class ExperimentSpec(Section):
         return range(self.tracking.log_every, (self.steps if last is None else last) + 1, self.tracking.log_every)
 
 
-def check_name(name: str) -> str:
+def check_name(name: str, place: str = "") -> str:
     """Return an experiment's name, or raise SpecError where it could be a path or a YAML word."""
-    if not NAME.fullmatch(name) or name in YAML_1_1_WORDS or ".." in name:
-        raise SpecError(
-            f"experiment name: given {name!r}; allowed are a to z, 0 to 9 and . _ - (at most 64, a letter or digit first, no path separators,"
-            " none of the YAML words yes, no, on, off, true, false, null)"
-        )
-    return name
+    try:
+        return _valid_name(name)
+    except ValueError as error:
+        raise SpecError(f"{place}{error}") from None
 
 
 def _digest(definition: Mapping[str, Any]) -> str:
@@ -311,7 +331,7 @@ class Resolved:
         """The spec's name, each overridden leaf, and the seed where it isn't the file's own: 'baseline lr=0.01 s3'."""
         flat = self.spec.flat()
         told = [path for path in self.overridden if path not in ("train.seed", "name", "question")]
-        changes = [f"{path.rpartition('.')[2]}={flat.get(path)}" for path in told]
+        changes = [f"{path.rpartition('.')[2]}={flat.get(path, 'on')}" for path in told]
         seed = [f"s{self.spec.train.seed}"] if "train.seed" in self.overridden else []
         return " ".join([self.spec.name, *changes, *seed])
 
@@ -352,11 +372,12 @@ def load(name: str, overrides: Sequence[str] = (), root: Path | None = None) -> 
     Raises SpecError with a line for each mistake: place, key path, what was given, what is allowed.
     """
     root = root or home()
-    layers = [*_file_layers(check_name(name), root / "experiments", ()), _override_layer(overrides)]
+    layers = [*_file_layers(check_name(name), root / "experiments"), _override_layer(overrides)]
     tree: dict[str, Any] = {"name": name, **{section: {"type": _variants(section)[0]} for section in UNIONS}}
     origins: Origins = {}
     for values, places in layers:
-        _merge(tree, values)
+        for section in _merge(tree, values):  # what was written for another type no longer counts
+            origins = {path: place for path, place in origins.items() if not path.startswith(f"{section}.")}
         origins |= places
     overridden = tuple(path for path, _ in _leaves(layers[-1][0]))
     return Resolved(_validate(tree, origins, f"experiments/{name}.yaml"), name, origins, overridden)
@@ -370,46 +391,45 @@ def parse(text: str, place: str) -> ExperimentSpec:
 
 def dump(spec: ExperimentSpec) -> str:
     """The complete spec as YAML; `parse` gives it back."""
-    # JSON is YAML, but a file that people read deserves blocks; the values are numbers, names and short lists.
-    lines = []
-    for section, value in spec.model_dump(mode="json").items():
-        if isinstance(value, Mapping):
-            lines.append(f"{section}:")
-            lines += [f"  {key}: {json.dumps(field, ensure_ascii=False)}" for key, field in value.items()]
-        else:
-            lines.append(f"{section}: {json.dumps(value, ensure_ascii=False)}")
-    return "\n".join(lines) + "\n"
+    from ruamel.yaml import YAML
+
+    yaml: Any = YAML(typ="safe", pure=True)
+    text = io.StringIO()
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # the order of the fields
+    yaml.dump(spec.model_dump(mode="json"), text)
+    return text.getvalue()
 
 
 Layer = tuple[dict[str, Any], Origins]
 
 
-def _file_layers(name: str, folder: Path, children: tuple[str, ...]) -> list[Layer]:
+def _file_layers(name: str, folder: Path, children: tuple[str, ...] = (), place: str = "") -> list[Layer]:
     """The layers of a file and its parents, furthest parent first."""
     if name in children:
         chain = " -> ".join((*children[children.index(name) :], name))
-        raise SpecError(f"experiments/{children[-1]}.yaml: extends: {chain} is a cycle; an experiment can't extend itself")
+        raise SpecError(f"{place}{chain} is a cycle; an experiment can't extend itself")
     path = folder / f"{name}.yaml"
     if not path.is_file():
         known = names(folder.parent)
-        where = f"experiments/{children[-1]}.yaml: extends: " if children else ""
-        raise SpecError(f"{where}unknown experiment {name!r}{_nearest(name, known)}; there are: {', '.join(known) or f'none in {folder}'}")
-    place = f"experiments/{path.name}"
+        raise SpecError(f"{place}unknown experiment {name!r}{_nearest(name, known)}; there are: {', '.join(known) or f'none in {folder}'}")
+    file = f"experiments/{path.name}"
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise SpecError(f"{place}: {path.stat().st_size} bytes; an experiment has at most {MAX_FILE_BYTES}")
-        values, origins = _read_yaml(path.read_text(encoding="utf-8"), place)
+            raise SpecError(f"{file}: {path.stat().st_size} bytes; an experiment has at most {MAX_FILE_BYTES}")
+        values, origins = _read_yaml(path.read_text(encoding="utf-8"), file)
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{place}: can't be read: {error}") from None
+        raise SpecError(f"{file}: can't be read: {error}") from None
     parent = values.pop("extends", None)
     if parent is None:
         return [(values, origins)]
     if not isinstance(parent, str):
         raise SpecError(f"{origins['extends']}: extends: given {parent!r}; the name of one experiment is needed")
-    inherited = _file_layers(check_name(parent), folder, (*children, name))
-    for parent_values, _ in inherited:  # these two speak of one file only
-        parent_values.pop("name", None)
-        parent_values.pop("question", None)
+    place = f"{origins['extends']}: extends: "
+    inherited = _file_layers(check_name(parent, place), folder, (*children, name), place)
+    for part in (part for layer in inherited for part in layer):  # these two speak of one file only
+        part.pop("name", None)
+        part.pop("question", None)
     return [*inherited, (values, origins)]
 
 
@@ -419,8 +439,10 @@ def _override_layer(overrides: Sequence[str]) -> Layer:
     for override in overrides:
         path, equals, text = override.partition("=")
         keys = path.strip().split(".")
-        if not equals or not all(keys):
-            raise SpecError(f"--set {override}: write key.path=value, as in optimizer.lr=0.01")
+        if not equals or not all(keys) or not override.isprintable():
+            raise SpecError(f"--set {_printable(override)}: write key.path=value on one line, as in optimizer.lr=0.01")
+        if keys == ["extends"]:
+            raise SpecError(f"--set {override}: only a file can extend an experiment; run the parent itself, or add a file")
         place = f"--set {override}"
         branch: Any = _read_yaml(f"value: {text}", place)[0].get("value")
         for depth in range(len(keys), 0, -1):
@@ -431,54 +453,88 @@ def _override_layer(overrides: Sequence[str]) -> Layer:
     return values, origins
 
 
-def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
-    """Lay `layer` over `into`: mappings merge, all else is replaced; a section of another `type` starts from that type's defaults."""
+def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> list[str]:
+    """Lay `layer` over `into`: mappings merge, all else is replaced.
+
+    A section of another `type` starts from that type's defaults; returns the top-level sections for which that was so.
+    """
+    changed = []
     for key, value in layer.items():
         below = into.get(key)
         if isinstance(value, Mapping):
             kept = dict(below) if isinstance(below, Mapping) else {}
-            into[key] = kept if value.get("type", kept.get("type")) == kept.get("type") else {}
-            _merge(into[key], value)
+            if "type" in kept and value.get("type", kept["type"]) != kept["type"]:
+                kept = {}
+                changed.append(key)
+            into[key] = kept
+            _merge(kept, value)
         else:
             into[key] = value
+    return changed
 
 
 def _read_yaml(text: str, place: str) -> Layer:
-    """Plain values and the place of each key path; YAML 1.2, so 1e-3 is a number and duplicate keys are an error."""
+    """Plain values and the place of each key path: YAML 1.2, so 1e-3 is a number; no tags, anchors or merge keys.
+
+    The parsed nodes are read as they are, so that nothing is built that the text did not spell out, and every mistake has a line.
+    """
     from ruamel.yaml import YAML
-    from ruamel.yaml.comments import CommentedMap
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
+    from ruamel.yaml.nodes import MappingNode, SequenceNode
 
     try:
-        root = YAML(typ="rt").load(text)
+        root = YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark is not None else ""
-        problem = (error.problem or str(error)).splitlines()[0]
-        raise SpecError(f"{place}{line}: not readable as YAML: {problem}") from None
+        raise SpecError(f"{place}{line}: not readable as YAML: {(error.problem or str(error)).splitlines()[0]}") from None
     except (YAMLError, ValueError, RecursionError) as error:
-        raise SpecError(f"{place}: not readable as YAML: {str(error).splitlines()[0]}") from None
-    if root is None:
-        return {}, {}
-    if not isinstance(root, CommentedMap):
-        raise SpecError(f"{place}: given {type(root).__name__}; an experiment is a mapping of sections, as in experiments/baseline.yaml")
+        raise SpecError(f"{place}: not readable as YAML: {(str(error).splitlines() or ['nested too deep'])[0]}") from None
     origins: Origins = {}
 
     def plain(node: Any, path: str, depth: int = 0) -> Any:
-        if depth > 8:
-            raise SpecError(f"{place}: {path[:60]}: nested more than 8 deep; a spec has at most 3 levels")
-        if isinstance(node, CommentedMap):
-            for key in node:
-                origins[f"{path}{key}"] = f"{place}:{node.lc.key(key)[0] + 1}"
-            return {str(key): plain(value, f"{path}{key}.", depth + 1) for key, value in node.items()}
-        if isinstance(node, list):
-            return [plain(item, path, depth + 1) for item in node]
-        for kind in (bool, int, float, str):  # the loader's own subclasses remember how a number was written
-            if isinstance(node, kind):
-                return kind(node)
-        return node
+        here = f"{place}:{node.start_mark.line + 1}: {_printable(path)[:80] or 'spec'}"
+        if node.anchor or node.tag not in YAML_TAGS or depth > MAX_DEPTH:
+            raise SpecError(
+                f"{here}: only plain mappings, lists, texts, numbers, true, false and null, at most {MAX_DEPTH} deep, are taken"
+            )
+        if isinstance(node, SequenceNode):
+            return [plain(item, path, depth + 1) for item in node.value]
+        if not isinstance(node, MappingNode):
+            return _scalar(node, here)
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            below = f"{path}.{key}" if path else key
+            if key in values:
+                raise SpecError(f"{place}:{key_node.start_mark.line + 1}: {_printable(below)}: duplicate key; keep one of the two")
+            origins[_printable(below)] = f"{place}:{key_node.start_mark.line + 1}"
+            values[key] = plain(value_node, below, depth + 1)
+        return values
 
-    return plain(root, ""), origins
+    tree = {} if root is None or root.tag == f"{YAML_TAG}null" else plain(root, "")
+    if not isinstance(tree, dict):
+        raise SpecError(f"{place}: given {_short(tree)}; an experiment is a mapping of sections, as in experiments/baseline.yaml")
+    return tree, origins
+
+
+def _scalar(node: Any, here: str) -> str | int | float | bool | None:
+    text = node.value
+    match node.tag.removeprefix(YAML_TAG):
+        case "null":
+            return None
+        case "bool":
+            return bool(text.lower() == "true")
+        case "int":
+            if not re.fullmatch(r"[-+]?[0-9]{1,18}", text):
+                raise SpecError(f"{here}: given {_short(text)}; write whole numbers in decimal, at most 18 digits")
+            return int(text)
+        case "float":
+            return float(text.replace("_", "").replace(".inf", "inf").replace(".nan", "nan").replace(".Inf", "inf").replace(".NaN", "nan"))
+        case _:
+            if any(0xD800 <= ord(character) < 0xE000 for character in text):
+                raise SpecError(f"{here}: given {_short(text)}, which isn't Unicode text")
+            return str(text)
 
 
 # ---- messages
@@ -504,9 +560,9 @@ def _validate(tree: Mapping[str, Any], origins: Origins, fallback: str) -> Exper
 def _describe(detail: Any, tree: Mapping[str, Any], origins: Origins, fallback: str) -> str:
     """One line for one of Pydantic's errors."""
     section, *rest = [str(part) for part in detail["loc"]] or [""]
-    if section in UNIONS and rest and rest[0] in _variants(section):
+    if section in UNIONS and rest and len(_variants(section)) > 1 and rest[0] in _variants(section):
         rest = rest[1:]  # the union's tag is not a key that anyone wrote
-    path = ".".join([section, *rest])
+    path = _printable(".".join([section, *rest]))
     kind, context = detail["type"], detail.get("ctx", {})
     message = str(context.get("error", detail["msg"])) if kind == "value_error" else detail["msg"]
     if kind == "value_error":
@@ -521,7 +577,8 @@ def _describe(detail: Any, tree: Mapping[str, Any], origins: Origins, fallback: 
         tag = tree[section].get("type")
         place = _place(f"{path}.type", origins, fallback)
         return f"{place}: {path}.type: given {tag!r}{_nearest(str(tag), _variants(section))}; allowed: {', '.join(_variants(section))}"
-    expected = message.removeprefix("Input should ").replace("be a valid tuple", "be a list")
+    expected = re.sub("^(Input|String) should ", "", message).replace("be a valid tuple", "be a list")
+    expected = re.sub("be a valid dictionary.*", "be a mapping of fields", expected)
     hint = _nearest(str(detail["input"]), re.findall(r"'([^']+)'", message)) if kind == "literal_error" else ""
     return f"{place}: {path}: given {_short(detail['input'])}{hint}; it should {expected}"
 
@@ -548,6 +605,10 @@ def _keys_at(keys: Sequence[str], tree: Mapping[str, Any]) -> list[str]:
 def _nearest(given: str, allowed: Sequence[str]) -> str:
     close = difflib.get_close_matches(given, allowed, n=3, cutoff=0.6)
     return f", did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _short(value: Any) -> str:
