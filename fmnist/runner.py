@@ -102,7 +102,7 @@ def run(resolved: specs.Resolved, root: Path, sync: bool, say: Callable[[str], N
         except Exception as error:  # whatever broke, the record says so before the process ends
             _record_failure(journal, outcome, error)
     if carrier is not None:
-        _wait_for_carrier(root, journal.folder, carrier, outcome)
+        _wait_for_carrier(root, journal.folder, carrier, outcome, say)
     else:
         outcome.unsynced = "--no-sync was given"
     journal.release()
@@ -344,10 +344,10 @@ def _start_carrier(root: Path) -> "subprocess.Popen[bytes]":
         )
 
 
-def _wait_for_carrier(root: Path, folder: Path, carrier: "subprocess.Popen[bytes]", outcome: Outcome) -> None:
+def _wait_for_carrier(root: Path, folder: Path, carrier: "subprocess.Popen[bytes]", outcome: Outcome, say: Callable[[str], None]) -> None:
     """Wait until the run is closed in MLflow; a carrier that is gone is started again, one that keeps failing is told of."""
     state = StateFolder(folder, {})
-    quiet_since, last = time.monotonic(), None
+    quiet_since, last, told = time.monotonic(), None, False
     try:
         while True:
             note = state.carried
@@ -356,6 +356,9 @@ def _wait_for_carrier(root: Path, folder: Path, carrier: "subprocess.Popen[bytes
                 outcome.unsynced = None
                 _believe(outcome, note)
                 return
+            if note.get("error") and not told:
+                say(f"training is over; the store does not take the run: {note['error']}; trying for {CARRIER_SILENCE_S} s (Ctrl-C: later)")
+                told = True
             if note.get("offset") != last:
                 quiet_since, last = time.monotonic(), note.get("offset")
             if time.monotonic() - quiet_since > CARRIER_SILENCE_S:

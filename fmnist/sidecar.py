@@ -94,7 +94,7 @@ def _connect(root: Path) -> "Store":
 
 def _report(folder: StateFolder, error: Exception) -> str:
     """Note an error where the trainer that waits for this run sees it."""
-    text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     with contextlib.suppress(OSError):
         folder.note(**{**folder.carried, "error": text})
     return text

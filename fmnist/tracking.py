@@ -33,6 +33,7 @@ SETTINGS = {
     "MLFLOW_ENABLE_AI_GATEWAY": "false",
     "MLFLOW_MODEL_CATALOG_URI": "",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the sidecar tries again by itself, and tells what is wrong meanwhile
     "GIT_PYTHON_REFRESH": "quiet",
 }
 BATCH = 1_000
