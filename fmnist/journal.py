@@ -152,12 +152,12 @@ class Journal:
 # ---- reading
 
 
-def read(path: Path, offset: int = 0) -> tuple[list[Record], int]:
-    """The whole records from `offset` on, and the offset behind the last of them."""
+def read(path: Path, offset: int = 0, end: int | None = None) -> tuple[list[Record], int]:
+    """The whole records from `offset` on (up to `end`), and the offset behind the last of them."""
     try:
         with open(path, "rb") as file:
             file.seek(offset)
-            data = file.read()
+            data = file.read(-1 if end is None else end - offset)
     except FileNotFoundError:
         return [], offset
     records, position = [], 0

@@ -24,7 +24,8 @@ CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt",
 
 def learning_curves(frame: "pd.DataFrame", title: str, steps_per_epoch: int, best_step: int | None) -> Figure:
     """Loss and accuracy by step, training and validation, of one run's curves (journal.curves)."""
-    figure = Figure(figsize=(12, 5), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(12, 5), dpi=DPI)
+    figure.subplots_adjust(left=0.06, right=0.985, bottom=0.1, top=0.83, wspace=0.16)  # a layout engine draws everything twice
     figure.suptitle(title)
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         train = frame[["step", f"train/{name}"]].dropna() if f"train/{name}" in frame else frame[:0].assign(**{f"train/{name}": []})
@@ -95,7 +96,8 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, title: str) -> F
     """How often each class was taken for each, counts with the share of the true class as colour."""
     counts = np.zeros((len(CLASSES), len(CLASSES)), int)
     np.add.at(counts, (labels, predicted), 1)
-    figure = Figure(figsize=(8, 7), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(8, 7), dpi=DPI)
+    figure.subplots_adjust(left=0.13, right=1.0, bottom=0.13, top=0.92)
     axes = figure.subplots()
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
