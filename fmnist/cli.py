@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -305,7 +306,8 @@ def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)
     if not _is_free(port):
         other = next(candidate for candidate in (*range(port + 1, 65536), *range(1024, port)) if _is_free(candidate))
         raise UserError(f"port {port} on 127.0.0.1 is taken, perhaps by another `make ui`; port {other} is free: make ui PORT={other}")
-    tracking.connect(root, create=True).experiment(specs.Tracking().experiment)
+    experiment_id = tracking.connect(root, create=True).experiment(specs.Tracking().experiment)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server must not outlive us
     log = root / "mlruns" / "ui.log"
     with open(log, "wb") as output:
         server = subprocess.Popen(
@@ -313,10 +315,8 @@ def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)
         )
     try:
         _wait_until_up(server, port, log)
-        print(
-            f"MLflow shows the runs at http://127.0.0.1:{port} (Ctrl-C stops it; from another machine: ssh -L {port}:127.0.0.1:{port} HOST)",
-            flush=True,
-        )
+        print(f"the runs: {tracking.page(experiment_id, port=port)}")
+        print(f"Ctrl-C stops it; from another machine: ssh -L {port}:127.0.0.1:{port} HOST", flush=True)
         server.wait()
     finally:
         server.terminate()

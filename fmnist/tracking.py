@@ -301,10 +301,11 @@ def _text(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def page(experiment_id: str, run_id: str) -> str:
-    """Where a run is seen: on the server, or on the one that `make ui` starts."""
-    server = specs.redacted(specs.tracking_server() or "http://127.0.0.1:5000")
-    return f"{server}/#/experiments/{experiment_id}/runs/{run_id}"
+def page(experiment_id: str, run_id: str = "", port: int = 5000) -> str:
+    """Where a run, or all of an experiment, is seen: on the server, or on the one that `make ui` starts."""
+    server = specs.redacted(specs.tracking_server() or f"http://127.0.0.1:{port}")
+    # Without the type MLflow's pages open as for language models, with no run's metrics in sight.
+    return f"{server}/#/experiments/{experiment_id}/runs{f'/{run_id}' if run_id else ''}?workflowType=machine_learning"
 
 
 def server_command(root: Path, port: int) -> list[str]:

@@ -21,7 +21,7 @@ def server(fmnist: Fmnist, home: Path) -> Iterator[tuple[int, "subprocess.Popen[
     assert fmnist("run", "baseline", "-s", "train.epochs=1", "-s", "train.batch_size=2000").returncode == 0
     port = free_port()
     process = subprocess.Popen([sys.executable, "-m", "fmnist", "ui", "--port", str(port)], stdout=subprocess.PIPE, text=True)
-    assert f"http://127.0.0.1:{port}" in process.stdout.readline()
+    assert f"http://127.0.0.1:{port}/#/experiments/1/runs" in process.stdout.readline()
     yield port, process
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
