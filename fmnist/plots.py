@@ -19,7 +19,7 @@ RAW_POINTS = 2_000
 """Raw points drawn behind it; more can't be told apart in print and take seconds to draw."""
 TRAIN, VALIDATION = "#1f77b4", "#d95f02"
 DPI = 120
-CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
+CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
 def learning_curves(frame: "pd.DataFrame", title: str, steps_per_epoch: int, best_step: int | None) -> Figure:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import FashionMNIST
 from torchvision.transforms import ToTensor
 
-from fmnist import data
+from fmnist import data, plots
 from fmnist import spec as specs
 from fmnist.errors import DataError
 
@@ -48,7 +48,7 @@ def test_images_and_labels_are_torchvisions(train: bool, whole: data.Dataset) ->
     assert torch.equal(ours.labels, theirs.targets)
     for i in [*range(0, len(ours), 997), len(ours) - 1]:
         torch.testing.assert_close(ours.images[i].view(1, 28, 28), theirs[i][0], rtol=2e-7, atol=0)
-    assert [*data.CLASSES] == theirs.classes
+    assert [*plots.CLASSES] == theirs.classes
     assert np.array_equal(ours.index, np.arange(len(theirs)))
 
 
