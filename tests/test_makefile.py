@@ -1,0 +1,38 @@
+"""The Makefile: what its targets pass on and what `clean` spares."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from conftest import REPOSITORY
+
+
+def make(folder: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["make", "-f", str(REPOSITORY / "Makefile"), *arguments], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_alone_it_prints_every_target(tmp_path: Path) -> None:
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    shown = subprocess.run(["make"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    for target in ("setup", "data", "run", "ui", "report", "test", "check", "clean"):
+        assert f"\n{target} " in f"\n{shown}"
+
+
+def test_fields_become_overrides(tmp_path: Path) -> None:
+    shown = make(tmp_path, "-n", "run", "EXP=epochs-40", "SET=optimizer.lr=0.01 model.hidden=[64,32]")
+    assert ".venv/bin/fmnist run epochs-40 --set 'optimizer.lr=0.01' --set 'model.hidden=[64,32]'" in shown
+
+
+def test_set_up_comes_first(tmp_path: Path) -> None:
+    for target in ("data", "run", "show", "list", "ui", "report", "sync", "test", "check", "bench"):
+        assert "tools/bootstrap.py" in make(tmp_path, "-n", target).splitlines()[0]
+
+
+def test_clean_spares_runs_and_data(tmp_path: Path) -> None:
+    for folder in (".venv/bin", "mlruns/artifacts", "data/FashionMNIST", "fmnist/__pycache__", "mlruns/__pycache__", ".pytest_cache"):
+        (tmp_path / folder).mkdir(parents=True)
+    make(tmp_path, "clean")
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {"mlruns", "mlruns/artifacts", "mlruns/__pycache__", "data", "data/FashionMNIST", "fmnist"}
