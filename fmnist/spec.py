@@ -345,6 +345,8 @@ def home() -> Path:
 def tracking_server() -> str | None:
     """The MLflow server of MLFLOW_TRACKING_URI, or None for the local store; raises StoreError where it is no http(s) address."""
     given = os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
+    if given == f"sqlite:///{home() / 'mlruns' / 'mlflow.db'}":
+        return None  # set for mlflow's own commands; it is the local store by its other name
     if given and not re.match(r"https?://[^/]", given):
         raise StoreError(
             f"MLFLOW_TRACKING_URI: given {redacted(given)!r}; give an http:// or https:// server, or unset it for the local store"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from fmnist import spec as specs
-from fmnist.errors import SpecError
+from fmnist.errors import SpecError, StoreError
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 SHIPPED = specs.names(EXPERIMENTS.parent)
@@ -395,3 +395,11 @@ def test_plan_covers_every_step_once_in_short_segments_and_evaluates_on_time(epo
     assert all(0 < segment.stop - segment.start <= specs.SEGMENT_STEPS for segment in rest)
     evaluated = [segment.stop for segment in (first, *rest) if segment.evaluate]
     assert evaluated == sorted({0, *range(eval_every, spec.steps, eval_every), spec.steps})
+
+
+def test_the_local_stores_own_uri_is_the_local_store(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlruns/mlflow.db")
+    assert (specs.tracking_server(), specs.store_name()) == (None, "local")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/other.db")
+    with pytest.raises(StoreError, match="http"):
+        specs.tracking_server()
