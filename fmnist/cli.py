@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fmnist import experiments
 from fmnist import spec as specs
 from fmnist.errors import FmnistError, UserError
 
@@ -51,7 +52,7 @@ def _print_json(value: Any) -> None:
 
 
 def _complete_experiment(incomplete: str) -> list[str]:
-    return [name for name in specs.names(specs.home()) if name.startswith(incomplete)]
+    return [name for name in experiments.names(specs.home()) if name.startswith(incomplete)]
 
 
 Experiment = Annotated[
@@ -75,7 +76,7 @@ def run(
 ) -> None:
     """Train an experiment and record it."""
     root = specs.home()
-    resolved = specs.load(exp, overrides, root)
+    resolved = experiments.load(exp, overrides, root)
     from fmnist import runner
 
     with _display(resolved, quiet=as_json) as watch:
@@ -85,7 +86,7 @@ def run(
 
 
 @contextmanager
-def _display(resolved: specs.Resolved, quiet: bool) -> "Iterator[Callable[[Progress], None]]":
+def _display(resolved: experiments.Resolved, quiet: bool) -> "Iterator[Callable[[Progress], None]]":
     """A live line of progress on a terminal, nothing elsewhere."""
     if quiet or not sys.stderr.isatty():
         yield lambda progress: None
@@ -162,7 +163,7 @@ def _summarise(outcome: "Outcome", as_json: bool) -> None:
 @app.command()
 def show(exp: Experiment, overrides: Overrides = [], as_json: Json = False) -> None:
     """Print the resolved spec, where each value comes from, and what the run would do."""
-    resolved = specs.load(exp, overrides)
+    resolved = experiments.load(exp, overrides)
     spec, would = resolved.spec, _plan_summary(resolved.spec)
     if as_json:
         _print_json(
@@ -186,7 +187,7 @@ def show(exp: Experiment, overrides: Overrides = [], as_json: Json = False) -> N
     print(f"{'fingerprint':<{wide}}  {spec.fingerprint[:16]}  group {spec.group[:16]}")
 
 
-def _origin(path: str, resolved: specs.Resolved, value: Any) -> str:
+def _origin(path: str, resolved: experiments.Resolved, value: Any) -> str:
     if path in resolved.origins:
         return resolved.origins[path]
     return "the file's name" if path == "name" else "default"
@@ -213,9 +214,9 @@ def list_experiments(as_json: Json = False) -> None:
     """List the experiments with their questions."""
     root = specs.home()
     rows = []
-    for name in specs.names(root):
+    for name in experiments.names(root):
         try:
-            spec = specs.load(name, root=root).spec
+            spec = experiments.load(name, root=root).spec
             rows.append({"name": name, "steps": spec.steps, "question": spec.question, "error": None})
         except UserError as error:
             rows.append({"name": name, "steps": None, "question": "", "error": str(error)})
@@ -352,7 +353,7 @@ def _wait_until_up(server: "subprocess.Popen[bytes]", port: int, log: Path) -> N
 def schema() -> None:
     """Bring experiments/schema.json up to date; exit 1 if it was not."""
     path = specs.home() / "experiments" / "schema.json"
-    text = json.dumps(specs.file_schema(), indent=2) + "\n"
+    text = json.dumps(experiments.file_schema(), indent=2) + "\n"
     if path.exists() and path.read_text() == text:
         return
     path.write_text(text)

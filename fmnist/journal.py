@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from fmnist import experiments
 from fmnist import spec as specs
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class Journal:
         lock = os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         fcntl.flock(lock, fcntl.LOCK_EX)
         os.write(lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
-        (partial / "spec.yaml").write_text(specs.dump(spec), encoding="utf-8")
+        (partial / "spec.yaml").write_text(experiments.dump(spec), encoding="utf-8")
         (partial / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
         for attempt in itertools.count(1):  # the same spec may be started several times within a second
             unique = key if attempt == 1 else f"{key}-{attempt}"
@@ -243,7 +244,7 @@ class StateFolder:
 
     @property
     def spec(self) -> specs.ExperimentSpec:
-        return specs.parse((self.path / "spec.yaml").read_text(encoding="utf-8"), str(self.path / "spec.yaml"))
+        return experiments.parse((self.path / "spec.yaml").read_text(encoding="utf-8"), str(self.path / "spec.yaml"))
 
     @property
     def running(self) -> bool:

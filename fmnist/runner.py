@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmnist import __version__, checkpoint, data
+from fmnist import __version__, checkpoint, data, experiments
 from fmnist import engine as engines
 from fmnist import spec as specs
 from fmnist.errors import Diverged, FmnistError, Interrupted, SpecError, StoreError
@@ -72,7 +72,7 @@ class Outcome:
     """Why the run isn't in MLflow yet; None when it is."""
 
 
-def run(resolved: specs.Resolved, root: Path, sync: bool, say: Callable[[str], None], watch: Callable[[Progress], None]) -> Outcome:
+def run(resolved: experiments.Resolved, root: Path, sync: bool, say: Callable[[str], None], watch: Callable[[Progress], None]) -> Outcome:
     """Train an experiment and see it into MLflow (not with `sync` false); raises UserError before anything is written.
 
     However the training ends, by divergence, an error or a signal, what was trained is stored and the outcome says so.

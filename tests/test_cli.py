@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from conftest import Fmnist, free_port
 
+from fmnist import experiments
 from fmnist import spec as specs
 
 PACKAGE = Path(specs.__file__).parent
-NAMES = specs.names(PACKAGE.parent)
+NAMES = experiments.names(PACKAGE.parent)
 COMMANDS = ["run", "show", "list", "data", "sync", "report", "ui"]
 PLAN = {
     "training_images": 60_000,
@@ -130,7 +131,7 @@ def test_show_prints_value_and_origin_of_every_field_and_the_plan(fmnist: Fmnist
     assert (result.returncode, result.stderr) == (0, "")
     fields, plan = (part.splitlines() for part in result.stdout.split("\n\n"))
     shown = {path: (json.loads(value), origin) for path, value, origin in (re.split("  +", line, maxsplit=2) for line in fields)}
-    resolved = specs.load("baseline", ["optimizer.lr=1e-2"], home)
+    resolved = experiments.load("baseline", ["optimizer.lr=1e-2"], home)
     assert {path: value for path, (value, _) in shown.items()} == resolved.spec.flat()
     assert shown["optimizer.lr"] == (0.01, "--set optimizer.lr=1e-2")
     assert shown["optimizer.momentum"] == (0.9, "experiments/baseline.yaml:13")
@@ -143,7 +144,7 @@ def test_show_prints_value_and_origin_of_every_field_and_the_plan(fmnist: Fmnist
 
 def test_show_json_is_one_object_with_spec_origins_fingerprint_and_plan(fmnist: Fmnist, home: Path) -> None:
     result = fmnist("show", "baseline", "--json")
-    shown, spec = json.loads(result.stdout), specs.load("baseline", root=home).spec
+    shown, spec = json.loads(result.stdout), experiments.load("baseline", root=home).spec
     assert (result.returncode, result.stderr, shown["plan"]) == (0, "", PLAN)
     assert (shown["fingerprint"], shown["group"]) == (spec.fingerprint, spec.group)
     assert shown["spec"] == spec.model_dump(mode="json")
@@ -159,7 +160,7 @@ def test_list_shows_every_experiment_and_a_broken_one_hides_no_other(fmnist: Fmn
     rows = {row["name"]: row for row in json.loads(as_json.stdout)["experiments"]}
     assert sorted(lines) == sorted(rows) == sorted([*NAMES, "crooked", "no"])
     for name in NAMES:
-        spec = specs.load(name, root=home).spec
+        spec = experiments.load(name, root=home).spec
         assert f"{spec.steps:,} steps  {spec.question}" in lines[name]
         assert rows[name] == {"name": name, "steps": spec.steps, "question": spec.question, "error": None}
     for name, told in (("crooked", "experiments/crooked.yaml:2: train.epoch: unknown key"), ("no", "experiment name")):

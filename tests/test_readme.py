@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from fmnist import spec as specs
+from fmnist import experiments
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
@@ -21,7 +21,7 @@ def block(language: str) -> str:
 
 def test_example_experiment_loads(home: Path) -> None:
     (home / "experiments" / "mine.yaml").write_text(block("yaml"))
-    spec = specs.load("mine", root=home).spec
+    spec = experiments.load("mine", root=home).spec
     assert (spec.optimizer.lr, spec.schedule.type, spec.train.epochs) == (0.01, "cosine", 20)
 
 

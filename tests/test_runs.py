@@ -14,8 +14,7 @@ import pytest
 from conftest import REPOSITORY, command, make_home, stop_sidecar
 from matplotlib import image as images
 
-from fmnist import journal, tracking
-from fmnist import spec as specs
+from fmnist import experiments, journal, tracking
 
 SMALL = ("-s", "train.epochs=2", "-s", "train.batch_size=500", "-s", "train.eval_every=50")
 STEPS = 240
@@ -106,7 +105,7 @@ def test_same_spec_and_seed_give_the_same_bits(recorded: Recorded, tmp_path: Pat
 
 def test_parameters_and_tags_tell_what_was_run(recorded: Recorded) -> None:
     data = recorded.store.client.get_run(recorded.first["run_id"]).data
-    spec = specs.load("baseline", SMALL[1::2], recorded.home).spec
+    spec = experiments.load("baseline", SMALL[1::2], recorded.home).spec
     assert data.params == {
         key: "null" if value is None else str(value) for key, value in spec.flat().items() if key not in ("name", "question")
     }
@@ -155,8 +154,8 @@ def test_artifacts_are_whole(recorded: Recorded, tmp_path: Path) -> None:
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     tag = recorded.store.client.get_run(recorded.first["run_id"]).data.tags["manifest_sha256"]
     assert hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest() == tag
-    spec = specs.parse((folder / "spec.yaml").read_text(), "spec.yaml")
-    assert spec.fingerprint == specs.load("baseline", SMALL[1::2], recorded.home).spec.fingerprint
+    spec = experiments.parse((folder / "spec.yaml").read_text(), "spec.yaml")
+    assert spec.fingerprint == experiments.load("baseline", SMALL[1::2], recorded.home).spec.fingerprint
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["threads"] == 1
     assert {"torch", "mlflow", "pydantic"} <= set(environment["packages"])
@@ -245,7 +244,7 @@ def test_report_imports_no_torch(recorded: Recorded) -> None:
 
 def test_trainer_imports_no_mlflow(home: Path) -> None:
     code = (
-        "import sys; from fmnist import runner, spec; r = spec.load('baseline', ['train.epochs=1', 'train.batch_size=5000']);"
+        "import sys; from fmnist import experiments, runner, spec; r = experiments.load('baseline', ['train.epochs=1', 'train.batch_size=5000']);"
         "o = runner.run(r, spec.home(), True, print, lambda p: None);"
         "assert o.status == 'FINISHED' and o.run_id, o; assert not {'mlflow', 'pandas', 'matplotlib'} & set(sys.modules)"
     )
@@ -253,11 +252,11 @@ def test_trainer_imports_no_mlflow(home: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("name", specs.names(REPOSITORY))
+@pytest.mark.parametrize("name", experiments.names(REPOSITORY))
 def test_every_experiment_runs(name: str, home: Path) -> None:
     from fmnist import runner
 
-    resolved = specs.load(name, ["train.epochs=1", "train.batch_size=2000"], home)
+    resolved = experiments.load(name, ["train.epochs=1", "train.batch_size=2000"], home)
     outcome = runner.run(resolved, home, False, print, lambda progress: None)
     assert (outcome.status, outcome.steps) == ("FINISHED", resolved.spec.steps)
     assert ("test/accuracy" in outcome.metrics) == (resolved.spec.data.holdout is not None)

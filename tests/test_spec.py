@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
+from fmnist import experiments
 from fmnist import spec as specs
 from fmnist.errors import SpecError, StoreError
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
-SHIPPED = specs.names(EXPERIMENTS.parent)
+SHIPPED = experiments.names(EXPERIMENTS.parent)
 BASELINE = (EXPERIMENTS / "baseline.yaml").read_text(encoding="utf-8")
 
 FINGERPRINTS = {
@@ -59,16 +60,16 @@ def put(home: Path, **files: str) -> None:
         (home / "experiments" / f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
-def load(home: Path, text: str, *overrides: str) -> specs.Resolved:
+def load(home: Path, text: str, *overrides: str) -> experiments.Resolved:
     put(home, mine=text)
-    return specs.load("mine", overrides, home)
+    return experiments.load("mine", overrides, home)
 
 
 def refusal(home: Path, text: str, *overrides: str, name: str = "mine") -> list[str]:
     """The lines of the message with which this input is refused."""
     put(home, mine=text)
     with pytest.raises(SpecError) as caught:
-        specs.load(name, overrides, home)
+        experiments.load(name, overrides, home)
     return told(caught.value)
 
 
@@ -85,26 +86,26 @@ def told(error: SpecError) -> list[str]:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_experiment_loads_fits_the_schema_and_asks_a_question(name: str) -> None:
-    spec = specs.load(name, root=EXPERIMENTS.parent).spec
+    spec = experiments.load(name, root=EXPERIMENTS.parent).spec
     assert (spec.name, bool(spec.question)) == (name, True)
     schema = json.loads((EXPERIMENTS / "schema.json").read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator(schema).validate(YAML(typ="safe").load((EXPERIMENTS / f"{name}.yaml").read_text(encoding="utf-8")))
 
 
 def test_committed_schema_is_the_current_one() -> None:
-    assert json.loads((EXPERIMENTS / "schema.json").read_text(encoding="utf-8")) == specs.file_schema(), "run `fmnist schema`"
+    assert json.loads((EXPERIMENTS / "schema.json").read_text(encoding="utf-8")) == experiments.file_schema(), "run `fmnist schema`"
 
 
 @pytest.mark.parametrize(
     "text", ["trian: {}", "train: {epoch: 3}", "train: {epochs: true}", "optimizer: {type: adma}", "train: {early_stopping: {patienc: 3}}"]
 )
 def test_schema_refuses_what_loading_refuses(home: Path, text: str) -> None:
-    assert list(jsonschema.Draft202012Validator(specs.file_schema()).iter_errors(YAML(typ="safe").load(text)))
+    assert list(jsonschema.Draft202012Validator(experiments.file_schema()).iter_errors(YAML(typ="safe").load(text)))
     refusal(home, text)
 
 
 def test_fingerprints_of_shipped_experiments_never_change() -> None:
-    assert {name: specs.load(name, root=EXPERIMENTS.parent).spec.fingerprint for name in SHIPPED} == FINGERPRINTS, NEVER_CHANGE
+    assert {name: experiments.load(name, root=EXPERIMENTS.parent).spec.fingerprint for name in SHIPPED} == FINGERPRINTS, NEVER_CHANGE
 
 
 @pytest.mark.parametrize("section", DEFAULTS, ids=lambda section: section.__name__)
@@ -117,7 +118,7 @@ def test_defaults_never_change(section: type[specs.Section]) -> None:
 
 @pytest.mark.parametrize("change", [*IGNORED, *EFFECTIVE, "train.seed=1"])
 def test_fingerprint_is_of_what_defines_the_run_and_group_ignores_the_seed(change: str) -> None:
-    before, after = (specs.load("baseline", overrides, EXPERIMENTS.parent).spec for overrides in ([], [change]))
+    before, after = (experiments.load("baseline", overrides, EXPERIMENTS.parent).spec for overrides in ([], [change]))
     assert before != after
     assert (before.fingerprint == after.fingerprint) == (change in IGNORED)
     assert (before.group == after.group) == (change not in EFFECTIVE)
@@ -125,8 +126,8 @@ def test_fingerprint_is_of_what_defines_the_run_and_group_ignores_the_seed(chang
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_default_written_out_leaves_the_fingerprint(home: Path, name: str) -> None:
-    spec = specs.load(name, root=home).spec
-    assert load(home, specs.dump(spec).replace("weight_decay: 0.0", "weight_decay: 0")).spec.fingerprint == spec.fingerprint
+    spec = experiments.load(name, root=home).spec
+    assert load(home, experiments.dump(spec).replace("weight_decay: 0.0", "weight_decay: 0")).spec.fingerprint == spec.fingerprint
 
 
 def test_a_variants_own_default_is_the_one_that_is_left_out(home: Path) -> None:
@@ -201,11 +202,11 @@ def test_name_and_question_are_not_inherited(home: Path) -> None:
     ],
 )
 def test_display_name_tells_what_was_overridden(overrides: list[str], shown: str) -> None:
-    assert specs.load("baseline", overrides, EXPERIMENTS.parent).display_name == shown
+    assert experiments.load("baseline", overrides, EXPERIMENTS.parent).display_name == shown
 
 
 def test_display_name_tells_a_section_turned_on_from_one_turned_off() -> None:
-    on, off = (specs.load("baseline", [f"train.early_stopping={value}"], EXPERIMENTS.parent).display_name for value in ("{}", "null"))
+    on, off = (experiments.load("baseline", [f"train.early_stopping={value}"], EXPERIMENTS.parent).display_name for value in ("{}", "null"))
     assert on != off
 
 
@@ -327,10 +328,10 @@ ODD += ["question: !!binary aGk=", 'question: "\\ud800"', 'question: "\\x7f\\u00
 def loads_or_is_refused(home: Path, content: bytes) -> None:
     (home / "experiments" / "odd.yaml").write_bytes(content)
     try:
-        spec = specs.load("odd", root=home).spec
+        spec = experiments.load("odd", root=home).spec
     except SpecError:
         return
-    assert specs.parse(specs.dump(spec).encode().decode(), "spec.yaml") == spec
+    assert experiments.parse(experiments.dump(spec).encode().decode(), "spec.yaml") == spec
 
 
 @pytest.mark.parametrize("text", ODD, ids=lambda text: repr(text[:40]))
@@ -368,8 +369,8 @@ def test_any_file_loads_or_is_refused_and_nothing_else(home: Path, content: byte
 @pytest.mark.parametrize("name", [*SHIPPED, "rich"])
 def test_dump_and_parse_give_the_same_spec(home: Path, name: str) -> None:
     put(home, rich="optimizer: {type: adam, betas: [0.8, 0.99]}\nschedule: {type: one_cycle}\ntrain: {early_stopping: {}}")
-    spec = specs.load(name, root=home).spec
-    again = specs.parse(specs.dump(spec), "spec.yaml")
+    spec = experiments.load(name, root=home).spec
+    again = experiments.parse(experiments.dump(spec), "spec.yaml")
     assert again == spec
     assert again.fingerprint == spec.fingerprint
 
@@ -378,7 +379,7 @@ def test_dump_and_parse_give_the_same_spec(home: Path, name: str) -> None:
 @given(question=st.text(st.characters().filter(lambda c: c.isprintable() or c == "\n")), lr=st.floats(0, 1_000, exclude_min=True))
 def test_any_question_and_number_survive_dump_and_parse(question: str, lr: float) -> None:
     spec = specs.ExperimentSpec(name="x", question=question, optimizer=specs.SGD(lr=lr))
-    assert specs.parse(specs.dump(spec), "spec.yaml") == spec
+    assert experiments.parse(experiments.dump(spec), "spec.yaml") == spec
 
 
 # ---- the plan
