@@ -308,7 +308,8 @@ def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)
         other = next(candidate for candidate in (*range(port + 1, 65536), *range(1024, port)) if _is_free(candidate))
         raise UserError(f"port {port} on 127.0.0.1 is taken, perhaps by another `make ui`; port {other} is free: make ui PORT={other}")
     experiment_id = tracking.connect(root, create=True).experiment(specs.Tracking().experiment)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server must not outlive us
+    for ending in (signal.SIGINT, signal.SIGTERM):  # the server must not outlive us; a shell's `&` has SIGINT ignored
+        signal.signal(ending, signal.default_int_handler)
     log = root / "mlruns" / "ui.log"
     with open(log, "wb") as output:
         server = subprocess.Popen(

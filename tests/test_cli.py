@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Fmnist, free_port
+from conftest import REPOSITORY, Fmnist, free_port
 
 from fmnist import experiments
 from fmnist import spec as specs
@@ -126,6 +126,12 @@ def test_ui_on_the_last_port_when_taken_is_refused_too(fmnist: Fmnist, home: Pat
 # ---- show and list
 
 
+def line_of(start: str) -> int:
+    """The line of baseline.yaml that begins so."""
+    lines = (REPOSITORY / "experiments" / "baseline.yaml").read_text().splitlines()
+    return next(number for number, line in enumerate(lines, 1) if line.startswith(start))
+
+
 def test_show_prints_value_and_origin_of_every_field_and_the_plan(fmnist: Fmnist, home: Path) -> None:
     result = fmnist("show", "baseline", "--set", "optimizer.lr=1e-2")
     assert (result.returncode, result.stderr) == (0, "")
@@ -134,7 +140,7 @@ def test_show_prints_value_and_origin_of_every_field_and_the_plan(fmnist: Fmnist
     resolved = experiments.load("baseline", ["optimizer.lr=1e-2"], home)
     assert {path: value for path, (value, _) in shown.items()} == resolved.spec.flat()
     assert shown["optimizer.lr"] == (0.01, "--set optimizer.lr=1e-2")
-    assert shown["optimizer.momentum"] == (0.9, "experiments/baseline.yaml:13")
+    assert shown["optimizer.momentum"] == (0.9, f"experiments/baseline.yaml:{line_of('  momentum:')}")
     assert shown["optimizer.weight_decay"] == (0.0, "default")
     assert shown["name"] == ("baseline", "the file's name")
     would = dict(re.split("  +", line, maxsplit=1) for line in plan)
@@ -148,7 +154,7 @@ def test_show_json_is_one_object_with_spec_origins_fingerprint_and_plan(fmnist: 
     assert (result.returncode, result.stderr, shown["plan"]) == (0, "", PLAN)
     assert (shown["fingerprint"], shown["group"]) == (spec.fingerprint, spec.group)
     assert shown["spec"] == spec.model_dump(mode="json")
-    assert shown["origins"]["train.epochs"] == "experiments/baseline.yaml:17"
+    assert shown["origins"]["train.epochs"] == f"experiments/baseline.yaml:{line_of('  epochs:')}"
 
 
 def test_list_shows_every_experiment_and_a_broken_one_hides_no_other(fmnist: Fmnist, home: Path) -> None:

@@ -1,6 +1,6 @@
 """The Makefile: what its targets pass on and what `clean` spares."""
 
-import shutil
+import os
 import subprocess
 from pathlib import Path
 
@@ -8,14 +8,15 @@ from conftest import REPOSITORY
 
 
 def make(folder: Path, *arguments: str) -> str:
-    return subprocess.run(
-        ["make", "-f", str(REPOSITORY / "Makefile"), *arguments], cwd=folder, capture_output=True, text=True, check=True
-    ).stdout
+    command = ["make", "--no-print-directory", "-f", str(REPOSITORY / "Makefile"), *arguments]
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("MAKE")
+    }  # these tests may run below `make test`
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, env=environment).stdout
 
 
 def test_alone_it_prints_every_target(tmp_path: Path) -> None:
-    shutil.copy(REPOSITORY / "Makefile", tmp_path)
-    shown = subprocess.run(["make"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    shown = make(tmp_path)
     for target in ("setup", "data", "run", "ui", "report", "test", "check", "clean"):
         assert f"\n{target} " in f"\n{shown}"
 
