@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from fmnist import journal, tracking
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -72,3 +74,28 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+LONG = ("run", "baseline", "-s", "train.eval_every=500")
+SMALL = ("run", "baseline", "-s", "train.epochs=1", "-s", "train.batch_size=1000")
+
+
+def start(*arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, "-m", "fmnist", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def trained(home: Path) -> int:
+    """Steps that the one journal in this home holds."""
+    records = [record for folder in journal.state_folders(home) for record in journal.read(folder.path / "journal")[0]]
+    return sum(record.fields["count"] for record in records if record.kind == "train")
+
+
+def stored_steps(store: tracking.Store, run_id: str) -> list[int]:
+    return [point.step for point in store.client.get_metric_history(run_id, "train/loss")]

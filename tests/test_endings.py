@@ -7,39 +7,12 @@ import resource
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import pandas as pd
 import pytest
-from conftest import Fmnist, free_port
+from conftest import LONG, SMALL, Fmnist, start, stored_steps, trained, wait_for
 
 from fmnist import journal, tracking
-
-LONG = ("run", "baseline", "-s", "train.eval_every=500")
-SMALL = ("run", "baseline", "-s", "train.epochs=1", "-s", "train.batch_size=1000")
-
-
-def start(*arguments: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen([sys.executable, "-m", "fmnist", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)
-
-
-def trained(home: Path) -> int:
-    """Steps that the one journal in this home holds."""
-    records = [record for folder in journal.state_folders(home) for record in journal.read(folder.path / "journal")[0]]
-    return sum(record.fields["count"] for record in records if record.kind == "train")
-
-
-def stored_steps(store: tracking.Store, run_id: str) -> list[int]:
-    return [point.step for point in store.client.get_metric_history(run_id, "train/loss")]
 
 
 @pytest.mark.parametrize(("signal_number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -117,70 +90,7 @@ def test_error_while_training_fails_the_run_with_its_traceback(fmnist: Fmnist, h
     assert stored_steps(store, run["run_id"]) == list(range(1, 61))
 
 
-def test_no_sync_stays_on_disk_until_sync(fmnist: Fmnist, home: Path) -> None:
-    local = json.loads(fmnist(*SMALL, "--no-sync", "--json").stdout)
-    assert (local["status"], local["run_id"]) == ("FINISHED", None)
-    assert not tracking.database(home).exists()
-    assert [folder.path.name for folder in journal.state_folders(home)] == [local["key"]]
-    synced = json.loads(fmnist("sync", "--json").stdout)["runs"]
-    assert [(run["key"], run["status"]) for run in synced] == [(local["key"], "FINISHED")]
-    assert "nothing to carry over" in fmnist("sync").stdout
-    direct = json.loads(fmnist(*SMALL, "--json").stdout)
-    store = tracking.connect(home)
-    frames = [store.curves(run_id).drop(columns="elapsed_s") for run_id in (synced[0]["run_id"], direct["run_id"])]
-    pd.testing.assert_frame_equal(*frames, check_exact=True)
-
-
-def test_two_first_runs_at_once_share_one_store(home: Path) -> None:
-    processes = [start(*SMALL, "-s", f"train.seed={seed}", "--json") for seed in (0, 0, 1)]
-    outcomes = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
-    assert [outcome["status"] for outcome in outcomes] == ["FINISHED"] * 3
-    store = tracking.connect(home)
-    assert len({outcome["run_id"] for outcome in outcomes}) == 3
-    for outcome in outcomes:
-        assert stored_steps(store, outcome["run_id"]) == list(range(1, 61))
-
-
-def test_run_on_a_server(fmnist: Fmnist, home: Path, tmp_path: Path) -> None:
-    uri = f"http://127.0.0.1:{(port := free_port())}"
-    command = [
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        f"sqlite:///{tmp_path}/server.db",
-        "--artifacts-destination",
-        str(tmp_path / "kept"),
-    ]
-    environment = {**os.environ, **tracking.SETTINGS}
-    with open(tmp_path / "server.log", "wb") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", *command, "--port", str(port), "--workers", "1"], env=environment, stdout=log, stderr=log, cwd=tmp_path
-        )
-    try:
-        wait_for(lambda: fmnist("run", "baseline", "-s", "train.epochs=0", MLFLOW_TRACKING_URI=uri).returncode == 2 and answers(uri))
-        result = fmnist(*SMALL, "--json", MLFLOW_TRACKING_URI=uri)
-        outcome = json.loads(result.stdout)
-        assert (outcome["status"], outcome["unsynced"]) == ("FINISHED", None), result.stderr
-        assert outcome["link"].startswith(f"{uri}/#/experiments/")
-        assert not tracking.database(home).exists()
-        report = json.loads(fmnist("report", "--json", MLFLOW_TRACKING_URI=uri).stdout)
-        assert [row["last val acc"] for row in report["runs"]] == [f"{outcome['metrics']['last/val_accuracy']:.4f}"]
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def answers(uri: str) -> bool:
-    import urllib.request
-
-    try:
-        urllib.request.urlopen(f"{uri}/health", timeout=1).close()
-    except OSError:
-        return False
-    return True
-
-
-def test_progress_is_shown_on_a_terminal_and_only_there(fmnist: Fmnist, home: Path) -> None:
+def test_progress_is_shown_on_a_terminal(home: Path) -> None:
     leader, follower = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "fmnist", *SMALL, "--no-sync"],
@@ -198,16 +108,3 @@ def test_progress_is_shown_on_a_terminal_and_only_there(fmnist: Fmnist, home: Pa
     assert process.wait() == 0
     assert b"60/60" in shown
     assert b"steps/s" in shown
-    assert fmnist(*SMALL, "--no-sync").stderr == ""
-
-
-def test_run_deleted_in_mlflow_while_it_trains_stays_deleted(home: Path) -> None:
-    process = start(*LONG, "-s", "train.epochs=3", "--json")
-    wait_for(lambda: trained(home) >= 1000 and journal.state_folders(home)[0].carried.get("offset"))
-    store = tracking.connect(home)
-    run_id = journal.state_folders(home)[0].carried["run_id"]
-    store.client.delete_run(run_id)
-    outcome = json.loads(process.communicate(timeout=120)[0])
-    assert (process.returncode, outcome["status"]) == (0, "DELETED")
-    assert store.client.get_run(run_id).info.lifecycle_stage == "deleted"
-    assert store.runs(status=None).empty

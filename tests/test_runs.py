@@ -15,6 +15,8 @@ from conftest import REPOSITORY, command, make_home, stop_sidecar
 from matplotlib import image as images
 
 from fmnist import experiments, journal, tracking
+from fmnist import report as reports
+from fmnist.errors import UserError
 
 SMALL = ("-s", "train.epochs=2", "-s", "train.batch_size=500", "-s", "train.eval_every=50")
 STEPS = 240
@@ -229,12 +231,10 @@ def test_report_draws_and_tells_the_differences(recorded: Recorded) -> None:
     assert (recorded.home / "reports" / "runs.md").read_text().count("\n") == 2 + 4
 
 
-def test_report_of_named_runs(recorded: Recorded) -> None:
-    by_id = json.loads(command(recorded.home, "report", recorded.first["run_id"][:8], "holdout", "--json").stdout)
-    assert len(by_id["runs"]) == 2
-    unknown = command(recorded.home, "report", "no-such-run")
-    assert unknown.returncode == 2
-    assert "no finished run fits 'no-such-run'" in unknown.stderr
+def test_report_of_named_runs(recorded: Recorded, tmp_path: Path) -> None:
+    assert len(reports.write(recorded.store, tmp_path, [recorded.first["run_id"][:8], "holdout"]).rows) == 2
+    with pytest.raises(UserError, match="no finished run fits 'no-such-run'"):
+        reports.write(recorded.store, tmp_path, ["no-such-run"])
 
 
 def test_report_imports_no_torch(recorded: Recorded) -> None:

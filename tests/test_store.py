@@ -1,0 +1,85 @@
+"""Where runs go: the local store, a server, or neither yet; and that a store is only ever written whole."""
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pandas as pd
+from conftest import LONG, SMALL, Fmnist, free_port, start, stored_steps, trained, wait_for
+
+from fmnist import journal, tracking
+
+
+def test_no_sync_stays_on_disk_until_sync(fmnist: Fmnist, home: Path) -> None:
+    quiet = fmnist(*SMALL, "--no-sync")
+    assert quiet.stderr == ""  # no terminal, no progress
+    assert "not in MLflow yet" in quiet.stdout
+    assert not tracking.database(home).exists()
+    (folder,) = journal.state_folders(home)
+    journalled = journal.curves(folder.spec, journal.read(folder.path / "journal")[0])
+    synced = json.loads(fmnist("sync", "--json").stdout)["runs"]
+    assert [(run["key"], run["status"]) for run in synced] == [(folder.path.name, "FINISHED")]
+    assert "nothing to carry over" in fmnist("sync").stdout
+    pd.testing.assert_frame_equal(tracking.connect(home).curves(synced[0]["run_id"]), journalled, check_exact=True)
+
+
+def test_two_first_runs_at_once_share_one_store(home: Path) -> None:
+    processes = [start(*SMALL, "--json") for _ in range(2)]
+    outcomes = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+    assert [outcome["status"] for outcome in outcomes] == ["FINISHED"] * 2
+    store = tracking.connect(home)
+    assert len({outcome["run_id"] for outcome in outcomes}) == 2
+    for outcome in outcomes:
+        assert stored_steps(store, outcome["run_id"]) == list(range(1, 61))
+
+
+def test_run_on_a_server(fmnist: Fmnist, home: Path, tmp_path: Path) -> None:
+    uri = f"http://127.0.0.1:{(port := free_port())}"
+    command = [
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/server.db",
+        "--artifacts-destination",
+        str(tmp_path / "kept"),
+    ]
+    environment = {**os.environ, **tracking.SETTINGS}
+    with open(tmp_path / "server.log", "wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", *command, "--port", str(port), "--workers", "1"], env=environment, stdout=log, stderr=log, cwd=tmp_path
+        )
+    try:
+        wait_for(lambda: answers(uri))
+        result = fmnist(*SMALL, "--json", MLFLOW_TRACKING_URI=uri)
+        outcome = json.loads(result.stdout)
+        assert (outcome["status"], outcome["unsynced"]) == ("FINISHED", None), result.stderr
+        assert outcome["link"].startswith(f"{uri}/#/experiments/")
+        assert not tracking.database(home).exists()
+        report = json.loads(fmnist("report", "--json", MLFLOW_TRACKING_URI=uri).stdout)
+        assert [row["last val acc"] for row in report["runs"]] == [f"{outcome['metrics']['last/val_accuracy']:.4f}"]
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def answers(uri: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{uri}/health", timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_run_deleted_in_mlflow_while_it_trains_stays_deleted(home: Path) -> None:
+    process = start(*LONG, "-s", "train.epochs=3", "--json")
+    wait_for(lambda: trained(home) >= 1000 and journal.state_folders(home)[0].carried.get("offset"))
+    store = tracking.connect(home)
+    run_id = journal.state_folders(home)[0].carried["run_id"]
+    store.client.delete_run(run_id)
+    outcome = json.loads(process.communicate(timeout=120)[0])
+    assert (process.returncode, outcome["status"]) == (0, "DELETED")
+    assert store.client.get_run(run_id).info.lifecycle_stage == "deleted"
+    assert store.runs(status=None).empty
