@@ -92,18 +92,11 @@ def _display(resolved: experiments.Resolved, quiet: bool) -> "Iterator[Callable[
         yield lambda progress: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn(
-            "epoch {task.fields[epoch]:.1f} loss {task.fields[loss]} acc {task.fields[accuracy]} | val {task.fields[val]} | {task.fields[rate]}"
-        ),
-        TimeRemainingColumn(),
-    )
+    shown = "ep {task.fields[epoch]:.1f} loss {task.fields[loss]} acc {task.fields[accuracy]} val {task.fields[val]} {task.fields[rate]}"
+    columns = (MofNCompleteColumn(), TextColumn(shown), TimeRemainingColumn())  # no bar: all of it fits 80 characters
     unknown: dict[str, Any] = {"epoch": 0.0, "loss": "-", "accuracy": "-", "val": "-", "rate": "- steps/s"}
     with Bar(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(resolved.display_name, total=resolved.spec.steps, **unknown)
@@ -111,9 +104,9 @@ def _display(resolved: experiments.Resolved, quiet: bool) -> "Iterator[Callable[
         def watch(progress: "Progress") -> None:
             fields: dict[str, Any] = {"epoch": progress.epoch}
             if progress.train_loss is not None:
-                fields |= {"loss": f"{progress.train_loss:.4f}", "accuracy": f"{progress.train_accuracy:.4f}"}
+                fields |= {"loss": f"{progress.train_loss:.3f}", "accuracy": f"{progress.train_accuracy:.3f}"}
                 fields["rate"] = f"{progress.step / max(progress.elapsed_s, 1e-9):,.0f} steps/s"
-            fields["val"] = f"{progress.val_loss:.4f} {progress.val_accuracy:.4f}"
+            fields["val"] = f"{progress.val_loss:.3f} {progress.val_accuracy:.3f}"
             bar.update(task, completed=progress.step, **fields)
 
         yield watch

@@ -96,7 +96,7 @@ def test_progress_is_shown_on_a_terminal(home: Path) -> None:
         [sys.executable, "-m", "fmnist", *SMALL, "--no-sync"],
         stdout=subprocess.DEVNULL,
         stderr=follower,
-        env={**os.environ, "COLUMNS": "160", "TERM": "xterm"},
+        env={**os.environ, "COLUMNS": "80", "TERM": "xterm"},
     )
     os.close(follower)
     shown = b""
