@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmnist.journal import Point, Record, StateFolder, carrier_lock, curves, is_locked, points, read, state_folders
+from fmnist.journal import Record, StateFolder, carrier_lock, curves, is_locked, points, read, state_folders
 from fmnist.spec import store_name
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class Carrier:
         self.offset: int = note.get("offset", 0)
         self._ended = False
         self._expected: Counter[str] = Counter()  # points of each metric in the journal so far
-        self._look_at(read(folder.path / "journal", end=self.offset)[0])
+        self._count(read(folder.path / "journal", end=self.offset)[0])
 
     def advance(self) -> bool:
         """Send what the journal has gained, close the run once it has ended; tells whether anything was done."""
@@ -171,7 +171,8 @@ class Carrier:
             self._open()
         records, offset = read(self.folder.path / "journal", self.offset)
         if records:
-            self.store.log_points(self._run_id, self._look_at(records))
+            self.store.log_points(self._run_id, (point for record in records for point in points(self.spec, record)))
+            self._count(records)  # only once they are sent: what fails is read again
             self.offset = offset
             self._note()
         if self._ended or not running:
@@ -179,12 +180,9 @@ class Carrier:
             return True
         return bool(records)
 
-    def _look_at(self, records: list[Record]) -> list[Point]:
-        """The points of records that are new, counted."""
-        found = [point for record in records for point in points(self.spec, record)]
-        self._expected.update(point.key for point in found)
+    def _count(self, records: list[Record]) -> None:
+        self._expected.update(point.key for record in records for point in points(self.spec, record))
         self._ended = self._ended or any(record.kind == "end" for record in records)
-        return found
 
     @property
     def _run_id(self) -> str:

@@ -1,16 +1,19 @@
 """Where runs go: the local store, a server, or neither yet; and that a store is only ever written whole."""
 
+import contextlib
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from conftest import LONG, SMALL, Fmnist, free_port, start, stored_steps, trained, wait_for
 
-from fmnist import journal, tracking
+from fmnist import journal, sidecar, tracking
 
 
 def test_no_sync_stays_on_disk_until_sync(fmnist: Fmnist, home: Path) -> None:
@@ -83,3 +86,22 @@ def test_run_deleted_in_mlflow_while_it_trains_stays_deleted(home: Path) -> None
     assert (process.returncode, outcome["status"]) == (0, "DELETED")
     assert store.client.get_run(run_id).info.lifecycle_stage == "deleted"
     assert store.runs(status=None).empty
+
+
+def test_a_send_that_fails_is_made_up_for_and_counted_once(fmnist: Fmnist, home: Path) -> None:
+    assert fmnist(*SMALL, "--no-sync").returncode == 0
+    store = tracking.connect(home, create=True)
+    carrier = sidecar.Carrier(journal.state_folders(home)[0], store)
+
+    def rename(before: str, after: str) -> None:
+        with contextlib.closing(sqlite3.connect(tracking.database(home))) as connection:
+            connection.execute(f"ALTER TABLE {before} RENAME TO {after}")
+
+    rename("metrics", "away")
+    for _ in range(2):
+        with pytest.raises(Exception, match="metrics"):
+            carrier.advance()
+    rename("away", "metrics")
+    assert carrier.advance()
+    assert (carrier.closed, carrier.reason) == ("FINISHED", None)
+    assert stored_steps(store, carrier.run_id) == list(range(1, 61))
