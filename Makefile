@@ -4,7 +4,7 @@ EXP ?= baseline
 PORT ?= 5000
 FMNIST := .venv/bin/fmnist
 .DEFAULT_GOAL := help
-.PHONY: help setup data run show list ui report sync test check bench lock clean
+.PHONY: help setup data run show list ui report sync doctor test check bench soak lock clean
 
 help:  ## print the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -15,8 +15,8 @@ setup:  ## build .venv from requirements.lock, if it is not there yet
 data: setup  ## fetch and verify Fashion-MNIST
 	@$(FMNIST) data
 
-run: setup  ## train and record an experiment: make run EXP=baseline SET="optimizer.lr=0.01 train.seed=3"
-	@$(FMNIST) run $(EXP) $(foreach field,$(SET),--set '$(field)')
+run: setup  ## train and record an experiment, or continue it: make run EXP=baseline SET="optimizer.lr=0.01 train.seed=3"; FRESH=1 starts anew
+	@$(FMNIST) run $(EXP) $(foreach field,$(SET),--set '$(field)') $(if $(FRESH),--fresh)
 
 show: setup  ## print what an experiment would do: make show EXP=epochs-40
 	@$(FMNIST) show $(EXP) $(foreach field,$(SET),--set '$(field)')
@@ -33,14 +33,21 @@ report: setup  ## reports/: figures of every run, overlays, a table; RUNS="epoch
 sync: setup  ## carry runs that are only on disk into MLflow
 	@$(FMNIST) sync
 
+doctor: setup  ## look at environment, data, store and unfinished runs, and say what to do
+	@$(FMNIST) doctor
+
 test: data  ## all tests, some minutes
 	@.venv/bin/pytest
 
 check: setup  ## lint, types, formatting, the JSON Schema of the experiments
-	@.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy && $(FMNIST) schema
+	@.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy && .venv/bin/python tools/schema.py
 
 bench: data  ## time a run against the same run with --no-sync, side by side
 	@.venv/bin/python benchmarks/whole_run.py
+
+soak: data  ## 300 kill -9s, server outages and a crowd of runs, every result compared; most of an hour (SHORT=1: minutes)
+	@.venv/bin/python benchmarks/survival.py $(if $(SHORT),--kills 15 --per-phase 2)
+	@.venv/bin/python benchmarks/outages.py $(if $(SHORT),--repeats 1 --set train.epochs=8)
 
 lock: setup  ## compile requirements.lock anew from pyproject.toml (needs uv)
 	@uv pip compile --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 --extra dev pyproject.toml -o requirements.lock

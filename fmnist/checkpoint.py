@@ -1,5 +1,7 @@
-"""Atomic save and load of a run's training state."""
+"""Atomic save and load of a run's training state; the one before is kept, for the case that the newest is damaged."""
 
+import hashlib
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -7,24 +9,41 @@ from typing import Any
 import torch
 
 from fmnist import spec as specs
+from fmnist.errors import StoreError
+
+NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+DIGEST_BYTES = 32
 
 
-def save(path: Path, spec: specs.ExperimentSpec, state: dict[str, Any]) -> None:
-    """Write {fingerprint, step, parameters, buffers}: the whole file or none, on the disk before its name is.
+def save(folder: Path, spec: specs.ExperimentSpec, state: dict[str, Any]) -> None:
+    """Write {fingerprint, spec, step, parameters, buffers, best} as checkpoint.pt: the whole file or none, on the disk before its name is.
 
-    Tensors and plain values only, so that it loads without unpickling code.
+    A file that torch.load reads, with the SHA-256 of it behind; tensors and plain values only, so that no code is unpickled.
     """
-    partial = path.with_name(path.name + ".partial")
+    content = io.BytesIO()
+    torch.save({"fingerprint": spec.fingerprint, "spec": spec.flat(), **state}, content)
+    partial = folder / f"{NEWEST}.partial"
     with open(partial, "wb") as file:
-        torch.save({"fingerprint": spec.fingerprint, **state}, file)
+        file.write(content.getbuffer())
+        file.write(hashlib.sha256(content.getbuffer()).digest())
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
+    if (folder / NEWEST).exists():
+        (folder / NEWEST).replace(folder / PREVIOUS)
+    partial.replace(folder / NEWEST)
 
 
 def load(path: Path, spec: specs.ExperimentSpec) -> dict[str, Any]:
-    """The state that `save` wrote for this spec; raises ValueError where it was another's."""
-    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    """The state that `save` wrote for this spec; raises ValueError where the file is damaged, StoreError where it is another spec's."""
+    data = path.read_bytes()
+    content, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
+    if hashlib.sha256(content).digest() != digest:
+        raise ValueError(f"{path} is damaged: its checksum does not fit")
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    except Exception as error:  # torch raises many kinds; this is a whole file that `save` did not write
+        raise ValueError(f"{path} is no checkpoint of this program: {str(error).splitlines()[0]}") from None
+    flat = state.pop("spec")
     if state.pop("fingerprint") != spec.fingerprint:
-        raise ValueError(f"{path} belongs to another spec than {spec.name} (fingerprint {spec.fingerprint[:8]})")
+        raise StoreError(f"{path} belongs to another spec: {spec.differences(flat)}")
     return state

@@ -7,22 +7,25 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fmnist import experiments
+from fmnist import experiments, journal
 from fmnist import spec as specs
 from fmnist.errors import FmnistError, UserError
 
 if TYPE_CHECKING:
-    from fmnist.runner import Outcome, Progress
+    import pandas as pd
+
+    from fmnist.runner import Outcome, Training
 
 app = typer.Typer(
     help="Train, record and compare runs of one small model on Fashion-MNIST.",
@@ -55,41 +58,104 @@ def _complete_experiment(incomplete: str) -> list[str]:
     return [name for name in experiments.names(specs.home()) if name.startswith(incomplete)]
 
 
-Experiment = Annotated[
-    str, typer.Argument(metavar="EXP", help="An experiment: the name of a file in experiments/.", autocompletion=_complete_experiment)
-]
+EXPERIMENT = typer.Argument(metavar="EXP", help="An experiment: the name of a file in experiments/.", autocompletion=_complete_experiment)
 Overrides = Annotated[
     list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set a field of the spec, as in optimizer.lr=0.01; repeatable.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+NoSync = Annotated[bool, typer.Option("--no-sync", help="Leave the run on disk for a later `fmnist sync`.")]
 
 
-# ---- run
+# ---- run, extend, verify
 
 
 @app.command()
 def run(
-    exp: Experiment,
+    exp: Annotated[str | None, EXPERIMENT] = None,
     overrides: Overrides = [],
-    no_sync: Annotated[bool, typer.Option("--no-sync", help="Leave the run on disk for a later `fmnist sync`.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew; an interrupted run of the same spec is given up.")] = False,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue this interrupted run, by its key or MLflow id.")] = None,
+    no_sync: NoSync = False,
     as_json: Json = False,
 ) -> None:
-    """Train an experiment and record it."""
+    """Train an experiment and record it; an interrupted run of the same spec is continued."""
     root = specs.home()
-    resolved = experiments.load(exp, overrides, root)
+    folder = None if resume is None else journal.find(root, resume)
+    if fresh and resume:
+        raise UserError("--fresh starts anew and --resume goes on; give one of the two")
+    if folder is not None and not (folder.running or folder.resumable):
+        raise UserError(f"--resume: {folder.path.name} has ended, there is nothing to continue; `fmnist sync` carries it into MLflow")
+    if exp is not None:
+        resolved = experiments.load(exp, overrides, root)
+    elif folder is not None:
+        resolved = experiments.Resolved(folder.spec, folder.spec.name, {}, ())
+    else:
+        raise UserError("EXP is missing: the name of an experiment (`fmnist list` shows them), or --resume RUN")
     from fmnist import runner
 
-    with _display(resolved, quiet=as_json) as watch:
-        outcome = runner.run(resolved, root, not no_sync, _tell, watch)
+    with _display(resolved.display_name, resolved.spec, as_json) as watch:
+        outcome = runner.run(resolved, runner.Context(root, not no_sync, _tell, watch), fresh, folder)
     _summarise(outcome, as_json)
-    raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def extend(
+    run: Annotated[str, typer.Argument(help="A finished run: its id, or its name if no other has it.")],
+    epochs: Annotated[int, typer.Option(help="Of the longer run, those it has included.")],
+    no_sync: NoSync = False,
+    as_json: Json = False,
+) -> None:
+    """Train a finished run on, as a new run that begins with its steps."""
+    from fmnist import runner
+
+    with _recorded(run, "FINISHED", runner.ARTIFACTS) as (found, folder), _display(f"{found['name']} epochs={epochs}", None, as_json) as watch:
+        context = runner.Context(specs.home(), not no_sync, _tell, watch)
+        outcome = runner.extend(folder, found["run_id"], found["name"], epochs, context)
+    _summarise(outcome, as_json)
+
+
+@app.command()
+def verify(
+    run: Annotated[str, typer.Argument(help="A run: its id, or its name if no other has it.")],
+    steps: Annotated[int | None, typer.Option(help="Only the first steps.", min=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a run again from its stored spec and compare, bit for bit; exit 1 where it comes out otherwise."""
+    from fmnist import verify as verification
+
+    with _recorded(run, None, verification.ARTIFACTS) as (found, folder):
+        result = verification.verify(folder, specs.home(), steps, _tell)
+    if as_json:
+        _print_json({"run_id": found["run_id"], **dataclasses.asdict(result)})
+    else:
+        compared = f"{result.steps:,} steps, {result.evaluations} evaluations{' and the weights' if result.weights else ''}"
+        print(f"{found['name']} ({found['run_id']}): {compared} trained again")
+        parted = f"NOT equal. First {result.unequal[0]}; largest {verification.largest(result.unequal)}" if result.unequal else None
+        print(parted or "equal, bit for bit")
+        for key, change in result.environment.items():
+            print(f"environment: {key} {change}")
+    raise typer.Exit(1 if result.unequal else 0)
 
 
 @contextmanager
-def _display(resolved: experiments.Resolved, quiet: bool) -> "Iterator[Callable[[Progress], None]]":
+def _recorded(text: str, status: str | None, artifacts: "Sequence[str]") -> "Iterator[tuple[pd.Series, Path]]":
+    """A run in the store, and a folder with these of its artifacts, each verified."""
+    from fmnist import report, tracking
+
+    store = tracking.connect(specs.home())
+    found = report.select(store.runs(status), [text])
+    if len(found) != 1:
+        raise UserError(f"{text!r} fits {len(found)} runs; give the id of one: {', '.join(found['run_id'])}")
+    with tempfile.TemporaryDirectory(prefix="fmnist-") as folder:
+        store.artifacts(found["run_id"][0], artifacts, Path(folder))
+        yield found.iloc[0], Path(folder)
+
+
+@contextmanager
+def _display(name: str, spec: specs.ExperimentSpec | None, quiet: bool) -> "Iterator[Callable[[Training], None]]":
     """A live line of progress on a terminal, nothing elsewhere."""
     if quiet or not sys.stderr.isatty():
-        yield lambda progress: None
+        yield lambda training: None
         return
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -99,15 +165,15 @@ def _display(resolved: experiments.Resolved, quiet: bool) -> "Iterator[Callable[
     columns = (MofNCompleteColumn(), TextColumn(shown), TimeRemainingColumn())  # no bar: all of it fits 80 characters
     unknown: dict[str, Any] = {"epoch": 0.0, "loss": "-", "accuracy": "-", "val": "-", "rate": "- steps/s"}
     with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(resolved.display_name, total=resolved.spec.steps, **unknown)
+        task = bar.add_task(name, total=spec.steps if spec else None, **unknown)
 
-        def watch(progress: "Progress") -> None:
-            fields: dict[str, Any] = {"epoch": progress.epoch}
-            if progress.train_loss is not None:
-                fields |= {"loss": f"{progress.train_loss:.3f}", "accuracy": f"{progress.train_accuracy:.3f}"}
-                fields["rate"] = f"{progress.step / max(progress.elapsed_s, 1e-9):,.0f} steps/s"
-            fields["val"] = f"{progress.val_loss:.3f} {progress.val_accuracy:.3f}"
-            bar.update(task, completed=progress.step, **fields)
+        def watch(training: "Training") -> None:
+            fields: dict[str, Any] = {"epoch": training.step / training.spec.steps_per_epoch}
+            if training.curves is not None:
+                fields |= {name: f"{training.curves[name][-200:].mean():.3f}" for name in ("loss", "accuracy")}
+                fields["rate"] = f"{training.step / max(training.outcome.training_s, 1e-9):,.0f} steps/s"
+            fields["val"] = "{1:.3f} {2:.3f}".format(*training.evaluations[-1])
+            bar.update(task, completed=training.step, total=training.spec.steps, **fields)
 
         yield watch
 
@@ -118,29 +184,14 @@ def _summarise(outcome: "Outcome", as_json: bool) -> None:
     link = tracking.page(outcome.experiment_id, outcome.run_id) if outcome.experiment_id and outcome.run_id else None
     if as_json:
         _print_json({**dataclasses.asdict(outcome), "link": link})
-        return
-    metrics = outcome.metrics
-    lines = []
-    if metrics:
-        kept = "best weights restored" if outcome.weights == "best" else "last step"
-        lines += [
-            f"{outcome.name}: validation accuracy {metrics['last/val_accuracy']:.4f}, loss {metrics['last/val_loss']:.4f} ({kept});"
-            f" best accuracy {metrics['best/val_accuracy']:.4f} at step {metrics['best/step']:,}"
-        ]
-        if "test/accuracy" in metrics:
-            lines += [f"test accuracy, read once: {metrics['test/accuracy']:.4f}, loss {metrics['test/loss']:.4f}"]
-        else:
-            lines += ["validation is the test set here (data.holdout: null): don't choose by it what you then report on it"]
-    if outcome.stopped_early_at is not None:
-        lines += [f"stopped early at step {outcome.stopped_early_at:,}"]
-    if outcome.collapsed_at is not None:
-        lines += [
-            f"COLLAPSED: by step {outcome.collapsed_at:,} it only guesses (loss about ln 10 = 2.30, accuracy about 0.10); try a smaller optimizer.lr"
-        ]
+        raise typer.Exit(outcome.exit_code)
+    lines = [outcome.name, *journal.in_words(vars(outcome))] if outcome.metrics else []
     rate = f" ({outcome.steps / outcome.training_s:,.0f} steps/s)" if outcome.training_s else ""
     if outcome.reason:
         _tell(outcome.reason)
     lines += [f"{outcome.status}: {outcome.steps:,} steps in {outcome.training_s:.1f} s{rate}, {outcome.total_s:.1f} s in all"]
+    if outcome.resumable:
+        lines += [f"the same command continues it, or: fmnist run --resume {outcome.key}"]
     if outcome.unsynced:
         lines += [f"not in MLflow yet: {outcome.unsynced}; `fmnist sync` carries it over"]
     if link:
@@ -148,42 +199,30 @@ def _summarise(outcome: "Outcome", as_json: bool) -> None:
     if outcome.status == "FINISHED":
         lines += ["next: `make report` draws it beside the other runs; `fmnist list` shows what else there is to run"]
     print("\n".join(lines))
+    raise typer.Exit(outcome.exit_code)
 
 
 # ---- show, list
 
 
 @app.command()
-def show(exp: Experiment, overrides: Overrides = [], as_json: Json = False) -> None:
+def show(exp: Annotated[str, EXPERIMENT], overrides: Overrides = [], as_json: Json = False) -> None:
     """Print the resolved spec, where each value comes from, and what the run would do."""
     resolved = experiments.load(exp, overrides)
     spec, would = resolved.spec, _plan_summary(resolved.spec)
     if as_json:
-        _print_json(
-            {
-                "spec": spec.model_dump(mode="json"),
-                "origins": resolved.origins,
-                "fingerprint": spec.fingerprint,
-                "group": spec.group,
-                "plan": would,
-            }
-        )
+        identity = {"fingerprint": spec.fingerprint, "group": spec.group}
+        _print_json({"spec": spec.model_dump(mode="json"), "origins": resolved.origins, **identity, "plan": would})
         return
     flat = spec.flat()
     wide, widest = (max(map(len, flat)), max(len(json.dumps(value)) for path, value in flat.items() if path != "question"))
     for path, value in flat.items():
-        text = json.dumps(value, ensure_ascii=False)
-        print(f"{path:<{wide}}  {text:<{widest}}  {_origin(path, resolved, value)}")
+        origin = resolved.origins.get(path, "the file's name" if path == "name" else "default")
+        print(f"{path:<{wide}}  {json.dumps(value, ensure_ascii=False):<{widest}}  {origin}")
     print()
     for label, value in would.items():
         print(f"{label.replace('_', ' '):<{wide}}  {value:,}")
     print(f"{'fingerprint':<{wide}}  {spec.fingerprint[:16]}  group {spec.group[:16]}")
-
-
-def _origin(path: str, resolved: experiments.Resolved, value: Any) -> str:
-    if path in resolved.origins:
-        return resolved.origins[path]
-    return "the file's name" if path == "name" else "default"
 
 
 def _plan_summary(spec: specs.ExperimentSpec) -> dict[str, int]:
@@ -206,6 +245,7 @@ def _plan_summary(spec: specs.ExperimentSpec) -> dict[str, int]:
 def list_experiments(as_json: Json = False) -> None:
     """List the experiments with their questions."""
     root = specs.home()
+    _look_after(root)
     rows = []
     for name in experiments.names(root):
         try:
@@ -220,13 +260,34 @@ def list_experiments(as_json: Json = False) -> None:
         raise UserError(f"no experiments in {root / 'experiments'}; FMNIST_HOME names the folder that holds experiments/")
     wide = max(len(str(row["name"])) for row in rows)
     for row in rows:
-        print(
-            f"{row['name']:<{wide}}  "
-            + (f"{row['steps']:>9,} steps  {row['question']}" if row["error"] is None else f"BROKEN: {row['error']}")
-        )
+        about = f"BROKEN: {row['error']}" if row["error"] else f"{row['steps']:>9,} steps  {row['question']}"
+        print(f"{row['name']:<{wide}}  {about}")
 
 
-# ---- data, sync, report
+# ---- data, sync, doctor, report
+
+
+def _look_after(root: Path) -> None:
+    """Tell of runs that stopped midway, and see to it that what isn't in MLflow yet gets there."""
+    folders = journal.state_folders(root)
+    for folder in folders:
+        if folder.resumable:
+            _tell(f"{folder.path.name} was interrupted; the same `fmnist run`, or `fmnist run --resume {folder.path.name}`, continues it")
+    if any(not folder.carried.get("closed") and folder.run["store"] == specs.store_name() for folder in folders):
+        journal.start_carrier(root)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Look at environment, data, store and unfinished runs, and say what to do; exit 1 if there is anything."""
+    from fmnist import doctor as doctors
+
+    found = list(doctors.findings(specs.home()))
+    if as_json:
+        _print_json({"findings": [dataclasses.asdict(finding) for finding in found]})
+    for finding in [] if as_json else found:
+        print(f"{'ok' if finding.remedy is None else '!!'}  {finding.what}" + (f"\n      {finding.remedy}" if finding.remedy else ""))
+    raise typer.Exit(1 if any(finding.remedy for finding in found) else 0)
 
 
 @app.command("data")
@@ -265,6 +326,7 @@ def report(
     from fmnist import tracking
 
     root = specs.home()
+    _look_after(root)
     written = reports.write(tracking.connect(root), root / "reports", runs)
     if as_json:
         files = [str(path) for path in written.files]
@@ -300,6 +362,7 @@ def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)
     if not _is_free(port):
         other = next(candidate for candidate in (*range(port + 1, 65536), *range(1024, port)) if _is_free(candidate))
         raise UserError(f"port {port} on 127.0.0.1 is taken, perhaps by another `make ui`; port {other} is free: make ui PORT={other}")
+    _look_after(root)
     experiment_id = tracking.connect(root, create=True).experiment(specs.Tracking().experiment)
     for ending in (signal.SIGINT, signal.SIGTERM):  # the server must not outlive us; a shell's `&` has SIGINT ignored
         signal.signal(ending, signal.default_int_handler)
@@ -319,13 +382,9 @@ def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)
 
 
 def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
+    with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+        return True
+    return False
 
 
 def _wait_until_up(server: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
@@ -338,18 +397,3 @@ def _wait_until_up(server: "subprocess.Popen[bytes]", port: int, log: Path) -> N
             time.sleep(0.2)
     last = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
     raise UserError(f"the MLflow server did not come up: {last} (all of it: {log})")
-
-
-# ---- for `make check`
-
-
-@app.command(hidden=True)
-def schema() -> None:
-    """Bring experiments/schema.json up to date; exit 1 if it was not."""
-    path = specs.home() / "experiments" / "schema.json"
-    text = json.dumps(experiments.file_schema(), indent=2) + "\n"
-    if path.exists() and path.read_text() == text:
-        return
-    path.write_text(text)
-    _tell(f"{path} was out of date and has been rewritten: commit it")
-    raise typer.Exit(1)

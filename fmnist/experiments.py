@@ -306,27 +306,3 @@ def _nearest(given: str, allowed: Sequence[str]) -> str:
 
 def _printable(text: str) -> str:
     return text if text.isprintable() else repr(text)[1:-1]
-
-
-# ---- the schema that editors use
-
-
-def file_schema() -> dict[str, Any]:
-    """JSON Schema of an experiment file: every field optional, since a file states only what differs from its parent."""
-    schema = ExperimentSpec.model_json_schema()
-
-    def loosen(node: Any) -> Any:
-        if isinstance(node, list):
-            return [loosen(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        node = {key: loosen(value) for key, value in node.items() if key not in ("required", "discriminator")}
-        if "oneOf" in node:  # without its type a fragment may fit several variants
-            node["anyOf"] = node.pop("oneOf")
-        return node
-
-    schema = loosen(schema)
-    schema["title"] = "fmnist experiment"
-    extends = {"type": "string", "title": "Extends", "description": "Name of the experiment whose values this file starts from."}
-    schema["properties"] = {"extends": extends, **schema["properties"]}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

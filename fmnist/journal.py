@@ -1,17 +1,20 @@
 """A run's own record on disk: append-only, checksummed, the source of truth until MLflow has it all.
 
-A run lives in mlruns/state/<run key>/ while it trains and until it is carried into MLflow:
+A run lives in mlruns/state/<run key>/ while it trains, while it can be continued, and until it is carried into MLflow:
 
     lock            held (flock) by the trainer as long as it lives; holds its pid and host
-    run.json        key, display name, start, and the store that it is for (none with --no-sync)
+    run.json        key, display name, fingerprint, start, the store that it is for (none with --no-sync), the run that it extends
     spec.yaml       the resolved spec
     environment.json
     journal         the records below
-    checkpoint.pt   predictions.npz         written at the end
+    checkpoint.pt   checkpoint.previous.pt  the training state, never ahead of what the disk holds of the journal
+    predictions.npz                         written at the end
     mlflow.json     written by who carries it: MLflow's run id, how far the journal is carried, the closing status
 
 A record is a 12-byte head (magic, payload length, CRC-32 of the payload) and the payload: one line of JSON, then
-for `train` the arrays it names. A torn or damaged record ends what can be read.
+for `train` the arrays it names. A torn or damaged record ends what can be read. A run that is continued finds steps on
+record that are behind its checkpoint: it computes them again and compares them bit for bit instead of recording them
+twice, so that a point keeps its first time stamp and MLflow, where that is part of a point's key, never holds it twice.
 """
 
 import contextlib
@@ -24,9 +27,11 @@ import os
 import shutil
 import socket
 import struct
+import subprocess
+import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +41,7 @@ import numpy as np
 
 from fmnist import experiments
 from fmnist import spec as specs
+from fmnist.errors import Irreproducible, StoreError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +58,7 @@ def now_ms() -> int:
 
 @dataclass(frozen=True)
 class Record:
-    """`kind` is train, evaluation, final or end; `fields` is its JSON; `arrays` are a train record's, each [S]."""
+    """`kind` is train, evaluation, final, end or resume; `fields` is its JSON; `arrays` are a train record's, each [S]."""
 
     kind: str
     fields: dict[str, Any]
@@ -81,6 +87,49 @@ def is_locked(path: Path) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class Unequal:
+    """A value that came out otherwise when it was computed again."""
+
+    step: int
+    key: str
+    recorded: float
+    computed: float
+
+    def __str__(self) -> str:
+        return f"step {self.step:,}: {self.key} was {self.recorded!r} and is {self.computed!r} now"
+
+
+class Recorded:
+    """What is on record of a run's steps and evaluations, to be compared bit for bit with what is computed again."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        trained = [record.arrays for record in records if record.kind == "train"]
+        self.arrays = {name: np.concatenate([np.empty(0, dtype), *(arrays[name] for arrays in trained)]) for name, dtype in ARRAYS.items()}
+        self.evaluations = {record.fields["step"]: record.fields for record in records if record.kind == "evaluation"}
+        self.metrics: dict[str, float] | None = next((record.fields["metrics"] for record in records if record.kind == "final"), None)
+
+    @property
+    def last(self) -> int:
+        """The last step on record."""
+        return len(self.arrays["loss"])
+
+    def unequal_steps(self, first: int, arrays: dict[str, np.ndarray]) -> list[Unequal]:
+        """Where the steps from `first` on differ from those on record."""
+        found = []
+        for name, dtype in ARRAYS.items():
+            recorded = self.arrays[name][first - 1 : first - 1 + len(arrays[name])]
+            computed = arrays[name][: len(recorded)].astype(dtype)
+            bits = f"i{dtype.itemsize}"
+            rows = np.flatnonzero(recorded.view(bits) != computed.view(bits))
+            found += [Unequal(first + int(row), f"train/{name}", float(recorded[row]), float(computed[row])) for row in rows]
+        return found
+
+    def unequal_values(self, step: int, recorded: dict[str, Any], computed: dict[str, Any]) -> list[Unequal]:
+        """Where values with these names differ; NaN equals NaN."""
+        return [Unequal(step, key, recorded[key], value) for key, value in computed.items() if repr(recorded[key]) != repr(value)]
+
+
 # ---- writing
 
 
@@ -94,55 +143,141 @@ def carrier_lock(root: Path, store: str = "local") -> Path:
     return root / "mlruns" / f".sidecar{digest}.lock"
 
 
+def start_carrier(root: Path) -> "subprocess.Popen[bytes]":
+    """Start the store's sidecar; where one is at work already, this one sees that and exits.
+
+    A session of its own, so that Ctrl-C reaches the trainer only; its words go to mlruns/sidecar.log.
+    """
+    with open(root / "mlruns" / "sidecar.log", "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "fmnist.sidecar", str(root)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+
+
 class Journal:
     """The state folder of a run that is training: made whole before it is visible, locked until the trainer ends."""
 
-    def __init__(self, folder: Path, lock: int, file: int) -> None:
-        self.folder, self._lock, self._file = folder, lock, file
+    def __init__(self, folder: Path, lock: int, records: Sequence[Record], exact: bool = True) -> None:
+        self.folder, self._lock, self._exact = folder, lock, exact
+        self._file = os.open(folder / "journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
+        self.records, self.recorded = records, Recorded(records)
+        self.elapsed_s: float = max((record.fields["elapsed_s"] for record in records if record.kind == "train"), default=0.0)
+        """Training time of all steps on record."""
+        self.size = os.fstat(self._file).st_size
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
 
     @classmethod
-    def create(cls, root: Path, spec: specs.ExperimentSpec, display_name: str, environment: dict[str, Any], store: str | None) -> Self:
-        """Start a run for a store, or for none until `fmnist sync` takes it; raises OSError where mlruns/ can't be written."""
-        state = state_folder(root)
-        started = now_ms()
-        stamp = datetime.fromtimestamp(started / 1000, UTC).strftime("%Y%m%dT%H%M%S")
-        key = f"{spec.name}-s{spec.train.seed}-{spec.fingerprint[:8]}-{stamp}"
-        partial = state / f".{key}-{os.getpid()}"
-        partial.mkdir(parents=True)
-        lock = os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        os.write(lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
-        (partial / "spec.yaml").write_text(experiments.dump(spec), encoding="utf-8")
-        (partial / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
-        for attempt in itertools.count(1):  # the same spec may be started several times within a second
-            unique = key if attempt == 1 else f"{key}-{attempt}"
-            run = {"key": unique, "name": display_name, "started_ms": started, "store": store}
-            (partial / "run.json").write_text(json.dumps(run), encoding="utf-8")
-            try:
-                partial.rename(state / unique)
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                    raise
-            else:
-                break
-        folder = state / unique
-        return cls(folder, lock, os.open(folder / "journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC))
+    def create(
+        cls,
+        root: Path,
+        spec: specs.ExperimentSpec,
+        display_name: str,
+        environment: dict[str, Any],
+        store: str | None,
+        extends: str | None = None,
+        records: Sequence[Record] = (),
+    ) -> Self:
+        """Start a run for a store, or for none until `fmnist sync` takes it; raises OSError where mlruns/ can't be written.
 
-    def train(self, first: int, arrays: dict[str, np.ndarray], started_ms: int, ended_ms: int, elapsed_s: float) -> None:
-        """Append the steps from `first` on, done between the two times; `elapsed_s` is the training time up to the last of them."""
-        fields = {"first": first, "count": len(arrays["loss"]), "t0": started_ms, "t1": ended_ms, "elapsed_s": elapsed_s}
-        data = b"".join(arrays[name].astype(dtype).tobytes() for name, dtype in ARRAYS.items())
-        self._append("train", fields, data)
+        A run that extends another (its id there) begins with that one's records.
+        """
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")  # the same spec may be started several times within a second
+        folder = state_folder(root) / f"{spec.name}-s{spec.train.seed}-{spec.fingerprint[:8]}-{stamp}"
+        partial = folder.with_name(f".{folder.name}-{os.getpid()}")
+        started = min([now_ms(), *(record.fields["t0"] for record in records if record.kind == "train")])
+        run = {"key": folder.name, "name": display_name, "fingerprint": spec.fingerprint, "started_ms": started}
+        partial.mkdir(parents=True)
+        try:
+            lock = os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (partial / "run.json").write_text(json.dumps({**run, "store": store, "extends": extends}), encoding="utf-8")
+            (partial / "spec.yaml").write_text(experiments.dump(spec), encoding="utf-8")
+            (partial / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
+            made = cls(partial, lock, records)
+            for record in records:
+                made._append(record)
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        made.folder = folder
+        return made
+
+    @classmethod
+    def resume(cls, state: "StateFolder", exact: bool = True) -> Self:
+        """Go on with a run that stopped: what is on record is compared (if `exact`), what is torn off at the end is cut.
+
+        Raises StoreError where another process has the run, or where its journal is damaged before what MLflow holds of it.
+        """
+        lock = os.open(state.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        for attempt in itertools.count():
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == 50:
+                    os.close(lock)
+                    raise StoreError(f"{state.path.name} is being trained by {state.holder}; --fresh starts another run") from None
+                time.sleep(0.005)  # who only looks whether it is locked holds it for a moment too
+        records, end = read(state.path / "journal")
+        if end < state.carried.get("offset", 0):
+            os.close(lock)
+            raise StoreError(
+                f"{state.path / 'journal'} is damaged at byte {end:,}, where MLflow holds more already; --fresh starts another run"
+            )
+        with open(state.path / "journal", "ab") as file:
+            file.truncate(end)
+        return cls(state.path, lock, records, exact)
+
+    def train(self, first: int, arrays: dict[str, np.ndarray], started_ms: int, ended_ms: int, seconds: float) -> None:
+        """Append the steps from `first` on, done between the two times, in `seconds` of training; raises Irreproducible.
+
+        Steps that are on record already are compared instead.
+        """
+        known = min(max(0, self.recorded.last + 1 - first), len(arrays["loss"]))
+        self._compare(self.recorded.unequal_steps(first, arrays))
+        arrays = {name: array[known:].astype(ARRAYS[name]) for name, array in arrays.items()}
+        if count := len(arrays["loss"]):
+            self.elapsed_s += seconds
+            fields = {"first": first + known, "count": count, "t0": started_ms, "t1": ended_ms, "elapsed_s": self.elapsed_s}
+            self._append(Record("train", fields, arrays))
+
+    def evaluation(self, step: int, measured: dict[str, Any]) -> None:
+        """Append an evaluation, or compare it with the one on record; raises Irreproducible."""
+        if step not in self.recorded.evaluations:
+            self.event("evaluation", step=step, **measured)
+        else:
+            self._compare(self.recorded.unequal_values(step, self.recorded.evaluations[step], measured))
+
+    def final(self, metrics: dict[str, float], **fields: Any) -> None:
+        """Append the results, or compare them with those on record; raises Irreproducible."""
+        if self.recorded.metrics is None:
+            self.event("final", metrics=metrics, **fields)
+        else:
+            self._compare(self.recorded.unequal_values(self.recorded.last, self.recorded.metrics, metrics))
 
     def event(self, kind: str, **fields: Any) -> None:
-        self._append(kind, {"t": now_ms(), **fields}, b"")
+        self._append(Record(kind, {"t": now_ms(), **fields}))
 
-    def _append(self, kind: str, fields: dict[str, Any], data: bytes) -> None:
-        payload = json.dumps({"kind": kind, **fields}).encode() + b"\n" + data
-        record = HEAD.pack(MAGIC, len(payload), zlib.crc32(payload)) + payload
-        written = os.write(self._file, record)
-        if written != len(record):
-            raise OSError(f"{self.folder / 'journal'}: {written} of {len(record)} bytes written; is the disk full?")
+    def _compare(self, unequal: list[Unequal]) -> None:
+        if unequal and self._exact:
+            first = min(unequal, key=lambda difference: difference.step)
+            raise Irreproducible(f"this machine does not repeat its own results: {first}; start anew with --fresh")
+
+    def _append(self, record: Record) -> None:
+        data = b"".join(record.arrays[name].tobytes() for name in ARRAYS if record.arrays)
+        payload = json.dumps({"kind": record.kind, **record.fields}).encode() + b"\n" + data
+        framed = HEAD.pack(MAGIC, len(payload), zlib.crc32(payload)) + payload
+        written = os.write(self._file, framed)
+        if written != len(framed):
+            os.ftruncate(self._file, self.size)  # else what comes after could not be read
+            raise OSError(errno.ENOSPC, f"{written} of {len(framed)} bytes written", str(self.folder / "journal"))
+        self.size += written
+
+    def flush(self) -> None:
+        """See to it that all of it is on the disk: before a checkpoint is, which must not be ahead of it."""
+        os.fsync(self._file)
 
     def release(self) -> None:
         """Let go of the lock: from here on the run counts as ended."""
@@ -212,6 +347,25 @@ def points(spec: specs.ExperimentSpec, record: Record) -> Iterator[Point]:
                 yield Point(key, value, fields["t"], 0)
 
 
+def in_words(results: Mapping[str, Any]) -> list[str]:
+    """A finished run's results, given the fields of its `final` record: a sentence each."""
+    metrics = results["metrics"]
+    kept = "the best weights, restored" if results["weights"] == "best" else "the last step"
+    lines = [
+        f"Validation accuracy {metrics['last/val_accuracy']:.4f}, loss {metrics['last/val_loss']:.4f} ({kept});"
+        f" best accuracy {metrics['best/val_accuracy']:.4f} at step {metrics['best/step']:,.0f}."
+    ]
+    if "test/accuracy" in metrics:
+        lines += [f"Test accuracy {metrics['test/accuracy']:.4f}, loss {metrics['test/loss']:.4f}, read once, at the end."]
+    else:
+        lines += ["Validation is the test set here (data.holdout: null): don't choose by it what you then report on it."]
+    if (step := results["stopped_early_at"]) is not None:
+        lines += [f"Stopped early at step {step:,}."]
+    if (step := results["collapsed_at"]) is not None:
+        lines += [f"COLLAPSED: by step {step:,} it only guesses (loss about ln 10, accuracy about 0.1); try a smaller optimizer.lr."]
+    return lines
+
+
 def curves(spec: specs.ExperimentSpec, records: list[Record]) -> "pd.DataFrame":
     """Every step, one row each: step, epoch, elapsed_s, train/loss, train/accuracy, train/lr, val/loss, val/accuracy (NaN where none)."""
     import pandas as pd
@@ -235,6 +389,26 @@ def curves(spec: specs.ExperimentSpec, records: list[Record]) -> "pd.DataFrame":
     return frame
 
 
+def from_curves(spec: specs.ExperimentSpec, frame: "pd.DataFrame", last: int, ended_ms: int) -> list[Record]:
+    """The records of the first `last` steps of a run's `curves`, cut and evaluated as this spec's plan has it."""
+    rows = frame.set_index("step")
+    elapsed_s = rows["elapsed_s"].fillna(0.0)
+    times = (ended_ms + 1000 * (elapsed_s - elapsed_s[last])).astype(int)
+    records = []
+    for segment in specs.plan(spec):
+        start, stop = segment.start, min(segment.stop, last)
+        if stop > start:
+            steps = rows.loc[start + 1 : stop]
+            arrays = {name: steps[f"train/{name}"].to_numpy(dtype) for name, dtype in ARRAYS.items()}
+            fields = {"first": start + 1, "count": stop - start, "t0": int(times[start]), "t1": int(times[stop])}
+            records.append(Record("train", {**fields, "elapsed_s": float(elapsed_s[stop])}, arrays))
+        if segment.evaluate and segment.stop <= last:
+            measured: dict[str, Any] = {key: float(rows[key][stop]) for key in ("val/loss", "val/accuracy", "train/lr")}
+            measured |= {"epoch": stop / spec.steps_per_epoch, **({} if stop else {"train/lr": None})}
+            records.append(Record("evaluation", {"t": int(times[stop]), "step": stop, **measured}))
+    return records
+
+
 @dataclass(frozen=True)
 class StateFolder:
     """A run's state folder, as anyone but its trainer sees it."""
@@ -242,9 +416,39 @@ class StateFolder:
     path: Path
     run: dict[str, Any]
 
+    @classmethod
+    def at(cls, path: Path) -> Self:
+        """The folder there; raises OSError or ValueError where none is."""
+        return cls(path, json.loads((path / "run.json").read_text(encoding="utf-8")))
+
     @property
     def spec(self) -> specs.ExperimentSpec:
-        return experiments.parse((self.path / "spec.yaml").read_text(encoding="utf-8"), str(self.path / "spec.yaml"))
+        """The run's spec; raises UserError where the file no longer holds it."""
+        path = self.path / "spec.yaml"
+        spec = experiments.parse(path.read_text(encoding="utf-8"), str(path))
+        if spec.fingerprint != self.run["fingerprint"]:
+            raise StoreError(
+                f"{path} was changed: it gives the fingerprint {spec.fingerprint[:8]}, the run has {self.run['fingerprint'][:8]}"
+            )
+        return spec
+
+    @property
+    def resumable(self) -> bool:
+        """Whether its trainer is gone and left it such that it can be continued."""
+        note = self.carried
+        records, end = read(self.path / "journal")
+        if self.running or note.get("closed") == "DELETED" or end < note.get("offset", 0):
+            return False
+        last = next((record for record in reversed(records) if record.kind in ("end", "resume")), None)
+        return last is None or bool(last.fields.get("resumable", last.kind == "resume"))
+
+    @property
+    def holder(self) -> str:
+        """Who has it, or had it last."""
+        with contextlib.suppress(OSError, ValueError):
+            held = json.loads((self.path / "lock").read_text())
+            return f"process {held['pid']} on {held['host']}"
+        return "another process"
 
     @property
     def running(self) -> bool:
@@ -261,9 +465,16 @@ class StateFolder:
 
     def note(self, **fields: Any) -> None:
         """Replace the carrier's note, whole or not at all."""
-        partial = self.path / "mlflow.json.partial"
-        partial.write_text(json.dumps(fields))
-        partial.replace(self.path / "mlflow.json")
+        self._replace("mlflow.json", fields)
+
+    def assign(self, store: str) -> None:
+        """Say which store the run is for."""
+        self._replace("run.json", {**self.run, "store": store})
+
+    def _replace(self, name: str, content: dict[str, Any]) -> None:
+        partial = self.path / f"{name}.partial"
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        partial.replace(self.path / name)
 
     def remove(self) -> None:
         """Take the folder away: out of sight first, so that nobody finds half of it."""
@@ -272,10 +483,20 @@ class StateFolder:
         shutil.rmtree(hidden)
 
 
+def find(root: Path, text: str) -> StateFolder:
+    """The run in mlruns/state/ whose key or MLflow id begins like this; raises StoreError where that isn't one."""
+    folders = state_folders(root)
+    found = [folder for folder in folders if any(str(name).startswith(text) for name in (folder.path.name, folder.carried.get("run_id")))]
+    if len(found) != 1:
+        known = ", ".join(folder.path.name for folder in found or folders) or "none"
+        raise StoreError(f"{text!r} fits {len(found)} of the runs that are on disk; there are: {known}")
+    return found[0]
+
+
 def state_folders(root: Path) -> list[StateFolder]:
     """Every visible state folder, oldest first."""
     found = []
     for path in state_folder(root).glob("[!.]*"):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
-            found.append(StateFolder(path, json.loads((path / "run.json").read_text(encoding="utf-8"))))
+            found.append(StateFolder.at(path))
     return sorted(found, key=lambda folder: (folder.run["started_ms"], folder.path.name))

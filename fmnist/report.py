@@ -35,7 +35,7 @@ class Report:
 
 def write(store: Store, folder: Path, wanted: Sequence[str]) -> Report:
     """Write the report of all finished runs, or of those named (by run name, experiment or id); raises UserError where none fits."""
-    runs = _select(store.runs(), wanted)
+    runs = select(store.runs(), wanted)
     folder.mkdir(parents=True, exist_ok=True)
     notes, files, curves = [], [], {}
     labels = _labels(runs)
@@ -68,7 +68,8 @@ def validates_on_test(run: "pd.Series") -> bool:
     return bool(run.get("p/data.holdout", "null") == "null")
 
 
-def _select(runs: "pd.DataFrame", wanted: Sequence[str]) -> "pd.DataFrame":
+def select(runs: "pd.DataFrame", wanted: Sequence[str]) -> "pd.DataFrame":
+    """Those of these runs that fit any of the texts by name, experiment, key or the start of the id; raises UserError where one fits none."""
     if runs.empty:
         raise UserError("no run is finished yet; start one with: make run EXP=baseline")
     chosen = runs["run_id"].map(lambda _: not wanted)
@@ -78,7 +79,7 @@ def _select(runs: "pd.DataFrame", wanted: Sequence[str]) -> "pd.DataFrame":
             fits |= runs["run_id"].str.startswith(text)
         if not fits.any():
             known = ", ".join(dict.fromkeys(runs["name"]))
-            raise UserError(f"no finished run fits {text!r} (a run's name, id or experiment); there are: {known}")
+            raise UserError(f"no run fits {text!r} (a run's name, id or experiment); there are: {known}")
         chosen |= fits
     return runs[chosen].reset_index(drop=True)
 

@@ -4,11 +4,10 @@ Nothing here computes and nothing here knows MLflow: the journal is carried ther
 """
 
 import contextlib
-import importlib.metadata
-import platform
+import json
+import re
 import signal
 import subprocess
-import sys
 import time
 import traceback
 import urllib.error
@@ -17,36 +16,35 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from fmnist import __version__, checkpoint, data, experiments
+from fmnist import checkpoint, data, environment, experiments
 from fmnist import engine as engines
 from fmnist import spec as specs
 from fmnist.errors import Diverged, FmnistError, Interrupted, SpecError, StoreError
-from fmnist.journal import Journal, StateFolder, carrier_lock, is_locked, now_ms
+from fmnist.journal import Journal, StateFolder, carrier_lock, from_curves, is_locked, now_ms, start_carrier, state_folders
 
 COLLAPSED_LOSS, COLLAPSED_ACCURACY = 2.29, 0.12
 """Chance level over ten classes is ln 10 = 2.303 and 0.1."""
 PREFLIGHT_TIMEOUT_S = 5
+CHECKPOINT_S = 2.0
+"""Training time at risk: a checkpoint is saved at the end of a segment when this much has passed since the last ..."""
+CHECKPOINT_SHARE = 100
+"""... and this many times what that one took, so that they stay below 1 % of the run."""
+ARTIFACTS = ("spec.yaml", "curves.parquet", "checkpoint.pt")
+"""What `extend` needs of a run."""
 CARRIER_SILENCE_S = 60
 """How long a carrier may report an error, or be gone, before the command stops waiting for it."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What there is to show after a segment."""
+class Evaluated(NamedTuple):
+    """One evaluation on the validation split."""
 
     step: int
-    steps: int
-    epoch: float
-    elapsed_s: float
-    train_loss: float | None
-    train_accuracy: float | None
-    val_loss: float
-    val_accuracy: float
+    loss: float
+    accuracy: float
 
 
 @dataclass
@@ -63,8 +61,12 @@ class Outcome:
     stopped_early_at: int | None = None
     training_s: float = 0.0
     total_s: float = 0.0
+    recording_s: float = 0.0
+    """What of it the journal and the checkpoints took."""
     reason: str | None = None
     """Why it did not finish."""
+    resumable: bool = False
+    """Whether the same command continues it."""
     exit_code: int = 0
     run_id: str | None = None
     experiment_id: str | None = None
@@ -72,42 +74,156 @@ class Outcome:
     """Why the run isn't in MLflow yet; None when it is."""
 
 
-def run(resolved: experiments.Resolved, root: Path, sync: bool, say: Callable[[str], None], watch: Callable[[Progress], None]) -> Outcome:
-    """Train an experiment and see it into MLflow (not with `sync` false); raises UserError before anything is written.
+@dataclass(frozen=True)
+class Context:
+    """Where a run is kept and whom it tells how it goes."""
 
-    However the training ends, by divergence, an error or a signal, what was trained is stored and the outcome says so.
+    root: Path
+    sync: bool = True
+    """Whether it goes into MLflow now; else with a later `fmnist sync`."""
+    say: Callable[[str], None] = print
+    watch: Callable[["Training"], None] = lambda training: None
+    """Called after each segment."""
+
+    @property
+    def store(self) -> str | None:
+        return specs.store_name() if self.sync else None
+
+
+Begin = Callable[[engines.Engine, dict[str, Any]], tuple[Journal, dict[str, Any] | None]]
+"""Given an engine and the environment: the journal to write, and the checkpoint to go on from or None."""
+
+
+def run(resolved: experiments.Resolved, context: Context, fresh: bool = False, resume: StateFolder | None = None) -> Outcome:
+    """Train an experiment and see it into MLflow; raises UserError before anything is written.
+
+    An interrupted run of the same spec, or the one to `resume`, is continued, unless it is to be a `fresh` one. However
+    the training ends, by divergence, an error or a signal, what was trained is stored and the outcome says so.
     """
-    began = time.monotonic()
     spec = resolved.spec
-    _preflight(sync)
+    if resume is not None and (differences := spec.differences(resume.spec.flat())):
+        raise SpecError(f"{resume.path.name} can't be continued with another spec: {differences}")
+
+    def begin(engine: engines.Engine, now: dict[str, Any]) -> tuple[Journal, dict[str, Any] | None]:
+        same = [folder for folder in state_folders(context.root) if folder.run["fingerprint"] == spec.fingerprint]
+        here = [folder for folder in same if context.store is None or folder.run["store"] in (None, context.store)]
+        interrupted = [folder for folder in here if folder.resumable]
+        if resume or (interrupted and not fresh):
+            return _continue(resume or interrupted[-1], engine, now, context)
+        for folder in interrupted:
+            _give_up(folder, context.say)
+        for folder in same:
+            if folder.running:
+                context.say(f"{folder.path.name} has the same spec and is being trained by {folder.holder}; this is another run beside it")
+        return Journal.create(context.root, spec, resolved.display_name, now, context.store), None
+
+    return _train(spec, resolved.command, context, begin)
+
+
+def extend(origin: Path, run_id: str, name: str, epochs: int, context: Context) -> Outcome:
+    """Train a finished run on as a new run that begins with its steps, given the folder with its artifacts.
+
+    Raises UserError where a run of that length would not have begun like this one.
+    """
+    before = experiments.parse((origin / "spec.yaml").read_text(encoding="utf-8"), f"run {run_id}: spec.yaml")
+    spec = before.model_copy(update={"train": before.train.model_copy(update={"epochs": epochs})})
+    refuse = f"run {run_id} can't be extended to {epochs} epochs: "
+    if not isinstance(spec.schedule, specs.Constant | specs.Step):
+        raise SpecError(
+            f"{refuse}its schedule ({spec.schedule.type}) sets every learning rate by the run's length, so the longer run differs from the first"
+            f" step on; train it from the start: --set train.epochs={epochs}"
+        )
+    if epochs <= before.train.epochs:
+        raise SpecError(f"{refuse}it has {before.train.epochs} already; give more")
+    try:
+        state = checkpoint.load(origin / checkpoint.NEWEST, before)
+    except ValueError as error:
+        raise StoreError(f"{refuse}{error}") from None
+    if spec.train.early_stopping and (state["step"] != before.steps or before.steps % spec.train.eval_every):
+        raise SpecError(f"{refuse}early stopping ended it, or looked at its last step, where the longer run would not have looked")
+
+    def begin(engine: engines.Engine, now: dict[str, Any]) -> tuple[Journal, dict[str, Any]]:
+        import pandas as pd
+
+        records = from_curves(spec, pd.read_parquet(origin / "curves.parquet"), before.steps, now_ms())
+        journal = Journal.create(context.root, spec, f"{re.sub(' epochs=[0-9]+', '', name)} epochs={epochs}", now, context.store, run_id, records)
+        checkpoint.save(journal.folder, spec, state)
+        context.say(f"extending run {run_id} from step {before.steps:,} to {spec.steps:,}")
+        return journal, state
+
+    return _train(spec, f"fmnist extend {run_id} --epochs {epochs}", context, begin)
+
+
+def _train(spec: specs.ExperimentSpec, command: str, context: Context, begin: Begin) -> Outcome:
+    began = time.monotonic()
+    _preflight(context)
     try:
         device = engines.device(spec.compute)
     except ValueError as error:
         raise SpecError(str(error)) from None
-    dataset = data.load(spec.data, root, device, say)
+    dataset = data.load(spec.data, context.root, device, context.say)
     engine = engines.Engine(spec, dataset)
     try:
-        journal = Journal.create(
-            root, spec, resolved.display_name, _environment(resolved.command, device), specs.store_name() if sync else None
-        )
+        journal, state = begin(engine, environment.collect(command, device))
     except OSError as error:
         raise StoreError(
-            f"{root / 'mlruns'}: can't be written: {error.strerror or error}; mend that or set FMNIST_HOME to another folder"
+            f"{context.root / 'mlruns'}: can't be written: {error.strerror or error}; mend that or set FMNIST_HOME to another folder"
         ) from None
-    outcome = Outcome(journal.folder.name, resolved.display_name)
-    carrier = _start_carrier(root) if sync else None
+    folder = StateFolder.at(journal.folder)
+    outcome = Outcome(folder.path.name, folder.run["name"])
+    carrier = start_carrier(context.root) if context.sync else None
     with _signals() as caught:
         try:
-            _Run(spec, engine, dataset, journal, outcome, watch, caught).train()
+            training = Training(spec, engine, dataset, journal, outcome, context.watch, caught)
+            training.go_on_from(state)
+            training.train()
         except Exception as error:  # whatever broke, the record says so before the process ends
             _record_failure(journal, outcome, error)
-    if carrier is not None:
-        _wait_for_carrier(root, journal.folder, carrier, outcome, say)
-    else:
+    if carrier is None:
         outcome.unsynced = "--no-sync was given"
+    elif outcome.unsynced is None:
+        _wait_for_carrier(context, folder, journal.size, carrier, outcome)
     journal.release()
     outcome.total_s = time.monotonic() - began
     return outcome
+
+
+def _continue(folder: StateFolder, engine: engines.Engine, now: dict[str, Any], context: Context) -> tuple[Journal, dict[str, Any] | None]:
+    """Take up an interrupted run at the newest checkpoint that is whole and that its journal reaches."""
+    if context.store is not None and folder.run["store"] not in (None, context.store):
+        raise StoreError(
+            f"{folder.path.name} is for {folder.run['store']}: set or unset MLFLOW_TRACKING_URI accordingly, or give --no-sync"
+        )
+    changed = environment.differences(json.loads((folder.path / "environment.json").read_text(encoding="utf-8")), now)
+    other = [f"{key} {changed[key]}" for key in environment.BITS if key in changed]
+    journal = Journal.resume(folder, exact=not other)
+    if context.store is not None:
+        folder.assign(context.store)
+    state = None
+    for path in (folder.path / checkpoint.NEWEST, folder.path / checkpoint.PREVIOUS):
+        try:
+            state = checkpoint.load(path, engine.spec)
+            if state["step"] <= journal.recorded.last:
+                break
+            context.say(f"{path} is of step {state['step']:,}; the journal is whole up to step {journal.recorded.last:,}")
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            context.say(f"{error}")
+        state = None
+    step = state["step"] if state else 0
+    context.say(f"continuing {folder.path.name} at step {step:,} of {engine.spec.steps:,} (--fresh would start anew)")
+    if other:
+        context.say(f"it began elsewhere, so what is computed from here on may differ in its last bits: {', '.join(other)}")
+    journal.event("resume", step=step, changed=changed)
+    return journal, state
+
+
+def _give_up(folder: StateFolder, say: Callable[[str], None]) -> None:
+    journal = Journal.resume(folder)
+    journal.event("end", status="KILLED", reason="given up for a fresh run", resumable=False)
+    journal.release()
+    say(f"giving up {folder.path.name}, which stopped at step {journal.recorded.last:,}")
 
 
 def _record_failure(journal: Journal, outcome: Outcome, error: Exception) -> None:
@@ -115,13 +231,16 @@ def _record_failure(journal: Journal, outcome: Outcome, error: Exception) -> Non
     outcome.status = "KILLED" if isinstance(error, Interrupted) else "FAILED"
     outcome.reason = str(error) if expected else f"{type(error).__name__}: {error}"
     outcome.exit_code = error.exit_code if isinstance(error, FmnistError) else Diverged.exit_code
+    outcome.resumable = isinstance(error, Interrupted | OSError)  # a full disk is not the run's fault
     details = None if expected else "".join(traceback.format_exception(error))
-    with contextlib.suppress(OSError):  # a full disk can't take even this; the missing end tells the same
-        journal.event("end", status=outcome.status, reason=outcome.reason, traceback=details)
+    try:
+        journal.event("end", status=outcome.status, reason=outcome.reason, traceback=details, resumable=outcome.resumable)
+    except OSError as another:  # a full disk can't take even this; the missing end tells the same
+        outcome.unsynced = f"how it ended could not be written: {another}"
 
 
 @dataclass
-class _Run:
+class Training:
     """One run's training: the plan walked segment by segment."""
 
     spec: specs.ExperimentSpec
@@ -129,91 +248,144 @@ class _Run:
     dataset: data.Dataset
     journal: Journal
     outcome: Outcome
-    watch: Callable[[Progress], None]
+    watch: Callable[["Training"], None]
     caught: list[int]
     """Signals that came."""
-    evaluated: list[int] = field(default_factory=list)
-    """Steps."""
-    best: tuple[int, float, float] = field(init=False)
-    """Step, loss, accuracy."""
-    best_state: dict[str, Any] | None = None
-    latest: engines.Evaluation = field(init=False)
-    interval: list[engines.Curves] = field(default_factory=list)
-    """Since the last evaluation."""
-    last_curves: engines.Curves | None = None
+    evaluations: list[Evaluated] = field(default_factory=list)
+    best: Evaluated | None = None
+    best_weights: dict[str, Any] | None = None
+    """{step, parameters} of the best evaluation, with early stopping."""
+    latest: engines.Evaluation | None = None
+    interval: list[dict[str, np.ndarray]] = field(default_factory=list)
+    """The curves since the last evaluation."""
+    curves: dict[str, np.ndarray] | None = None
+    """The latest segment's."""
+    saved_at: float = field(default_factory=time.monotonic)
+    save_s: float = 0.0
+    """What the last checkpoint took."""
+    recording_s: float = 0.0
+
+    @property
+    def step(self) -> int:
+        return self.engine.step
+
+    def go_on_from(self, state: dict[str, Any] | None) -> None:
+        """Be where an unbroken run was at this checkpoint; what the loop remembers comes from the journal."""
+        if state is None:
+            return
+        self.engine.load_state(state)
+        self.best_weights = state["best"]
+        for record in self.journal.records:
+            if record.kind == "train" and (count := self.step + 1 - record.fields["first"]) > 0:
+                self._note_steps({name: array[:count] for name, array in record.arrays.items()})
+            elif record.kind == "evaluation" and record.fields["step"] <= self.step:
+                self._note_evaluation(Evaluated(record.fields["step"], record.fields["val/loss"], record.fields["val/accuracy"]))
+        self.outcome.steps, self.outcome.training_s = self.step, self.journal.elapsed_s
 
     def train(self) -> None:
         for segment in specs.plan(self.spec):
-            if segment.stop > segment.start:
-                self._steps(segment)
+            if self._patience_is_over():
+                self.outcome.stopped_early_at = self.step
+                break
+            evaluated = self.evaluations[-1].step if self.evaluations else -1
+            if segment.stop <= self.step and (segment.stop <= evaluated or not segment.evaluate):
+                continue  # done before the checkpoint
+            if segment.stop > self.step:
+                self._steps(segment.stop)
             if segment.evaluate:
                 self._evaluate()
-            self._show()
+            if self.caught or time.monotonic() - self.saved_at > max(CHECKPOINT_S, CHECKPOINT_SHARE * self.save_s):
+                self._save()
+            self.watch(self)
             if self.caught:
-                raise Interrupted(self.caught[0], self.engine.step)
-            if segment.evaluate and self._patience_is_over():
-                self.outcome.stopped_early_at = self.engine.step
-                break
+                raise Interrupted(self.caught[0], self.step)
         self._finish()
 
-    def _steps(self, segment: specs.Segment) -> None:
-        started, clock = now_ms(), time.monotonic()
-        curves = self.engine.train(segment.stop)
-        self.outcome.training_s += time.monotonic() - clock
+    def _steps(self, stop: int) -> None:
+        first, started, clock = self.step + 1, now_ms(), time.monotonic()
+        curves = self.engine.train(stop)
+        seconds = time.monotonic() - clock
         bad = np.flatnonzero(~np.isfinite(curves.loss))
         kept = int(bad[0]) + 1 if len(bad) else len(curves.loss)
         arrays = {"loss": curves.loss[:kept], "accuracy": curves.accuracy[:kept], "lr": curves.lr[:kept]}
-        self.journal.train(segment.start + 1, arrays, started, now_ms(), self.outcome.training_s)
-        self.outcome.steps = segment.start + kept
+        with self._recording():
+            self.journal.train(first, arrays, started, now_ms(), seconds)
+        self.outcome.training_s = self.journal.elapsed_s
+        self.outcome.steps = first - 1 + kept
         if len(bad):
             raise Diverged(
                 f"the training loss is {curves.loss[bad[0]]} at step {self.outcome.steps}, the first that isn't finite; try a smaller optimizer.lr"
             )
-        self.interval.append(curves)
-        self.last_curves = curves
+        self._note_steps(arrays)
+
+    def _note_steps(self, arrays: dict[str, np.ndarray]) -> None:
+        self.interval.append(arrays)
+        self.curves = arrays
 
     def _evaluate(self) -> None:
         self.latest = self.engine.evaluate(self.dataset.validation)
-        step, curves = self.engine.step, self.last_curves
+        step, lr = self.step, None if self.curves is None else float(self.curves["lr"][-1])
         measured = {"epoch": step / self.spec.steps_per_epoch, "val/loss": self.latest.loss, "val/accuracy": self.latest.accuracy}
-        self.journal.event("evaluation", step=step, **measured, **{"train/lr": None if curves is None else float(curves.lr[-1])})
-        evaluation = (step, self.latest.loss, self.latest.accuracy)
-        if not self.evaluated or self._beats(evaluation, self.best):
-            self.best = evaluation
-            self.best_state = self.engine.state() if self.spec.train.early_stopping else None
-        self.evaluated.append(step)
-        self._look_for_collapse(step)
+        with self._recording():
+            self.journal.evaluation(step, {**measured, "train/lr": lr})
+        self._note_evaluation(Evaluated(step, self.latest.loss, self.latest.accuracy))
+        if self.spec.train.early_stopping and self.best == self.evaluations[-1]:
+            self.best_weights = {"step": step, "parameters": self.engine.state()["parameters"]}
+
+    def _note_evaluation(self, evaluated: Evaluated) -> None:
+        if self.best is None or self._beats(evaluated, self.best):
+            self.best = evaluated
+        self.evaluations.append(evaluated)
+        self._look_for_collapse(evaluated.step)
         self.interval = []
 
     def _look_for_collapse(self, step: int) -> None:
-        steps = sum(len(curves.loss) for curves in self.interval)
+        steps = sum(len(arrays["loss"]) for arrays in self.interval)
         if self.outcome.collapsed_at is not None or steps == 0 or step - steps < self.spec.steps_per_epoch:
             return
-        loss = np.concatenate([curves.loss for curves in self.interval]).mean()
-        accuracy = np.concatenate([curves.accuracy for curves in self.interval]).mean()
+        loss, accuracy = (np.concatenate([arrays[name] for arrays in self.interval]).mean() for name in ("loss", "accuracy"))
         if loss >= COLLAPSED_LOSS and accuracy <= COLLAPSED_ACCURACY:
             self.outcome.collapsed_at = step
 
-    def _beats(self, new: tuple[int, float, float], best: tuple[int, float, float]) -> bool:
+    def _beats(self, new: Evaluated, best: Evaluated) -> bool:
         """Whether an evaluation is better: by early stopping's measure, or by accuracy where that is off."""
         stopping = self.spec.train.early_stopping
         if stopping is not None and stopping.metric == "loss":
-            return new[1] < best[1] - stopping.min_delta
-        return new[2] > best[2] + (stopping.min_delta if stopping else 0.0)
+            return new.loss < best.loss - stopping.min_delta
+        return new.accuracy > best.accuracy + (stopping.min_delta if stopping else 0.0)
 
     def _patience_is_over(self) -> bool:
         stopping = self.spec.train.early_stopping
-        return stopping is not None and sum(step > self.best[0] for step in self.evaluated) >= stopping.patience
+        if stopping is None or self.best is None:
+            return False
+        return sum(evaluated.step > self.best.step for evaluated in self.evaluations) >= stopping.patience
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Count what the journal and the checkpoints cost the run."""
+        began = time.monotonic()
+        yield
+        self.recording_s += time.monotonic() - began
+
+    def _save(self) -> None:
+        began = time.monotonic()
+        with self._recording():
+            self.journal.flush()
+            checkpoint.save(self.journal.folder, self.spec, {**self.engine.state(), "best": self.best_weights})
+        self.saved_at = time.monotonic()
+        self.save_s = self.saved_at - began
 
     def _finish(self) -> None:
-        if self.best_state is not None and self.best_state["step"] != self.engine.step:
-            self.engine.load_state(self.best_state)
-            self.latest = self.engine.evaluate(self.dataset.validation)
+        self._save()
+        if self.best_weights is not None and self.best_weights["step"] != self.step:
+            self.engine.load_state({**self.engine.state(), **self.best_weights})
+            self.latest = None
             self.outcome.weights = "best"
-        step, loss, accuracy = self.best
-        metrics = {"best/step": step, "best/val_loss": loss, "best/val_accuracy": accuracy}
-        metrics |= {"last/val_loss": self.latest.loss, "last/val_accuracy": self.latest.accuracy}
-        predictions = {"val": (self.dataset.validation, self.latest)}
+        latest = self.latest or self.engine.evaluate(self.dataset.validation)
+        assert self.best is not None
+        metrics = {"best/step": self.best.step, "best/val_loss": self.best.loss, "best/val_accuracy": self.best.accuracy}
+        metrics |= {"last/val_loss": latest.loss, "last/val_accuracy": latest.accuracy}
+        predictions = {"val": (self.dataset.validation, latest)}
         if self.dataset.test is not None:
             test = self.engine.evaluate(self.dataset.test)
             metrics |= {"test/loss": test.loss, "test/accuracy": test.accuracy}
@@ -225,26 +397,12 @@ class _Run:
         partial = self.journal.folder / ".predictions.npz"
         np.savez(partial, allow_pickle=False, **arrays)
         partial.replace(self.journal.folder / "predictions.npz")
-        checkpoint.save(self.journal.folder / "checkpoint.pt", self.spec, self.engine.state())
-        told = {name: getattr(self.outcome, name) for name in ("weights", "collapsed_at", "stopped_early_at", "training_s")}
-        self.journal.event("final", metrics=metrics, **told)
-        self.journal.event("end", status="FINISHED", reason=None)
+        self.outcome.recording_s = self.recording_s
+        told = {name: getattr(self.outcome, name) for name in ("weights", "collapsed_at", "stopped_early_at", "training_s", "recording_s")}
+        self.journal.final(metrics, **told)
+        self.journal.event("end", status="FINISHED", reason=None, resumable=False)
+        self.journal.flush()
         self.outcome.status = "FINISHED"
-
-    def _show(self) -> None:
-        curves = self.last_curves
-        self.watch(
-            Progress(
-                step=self.engine.step,
-                steps=self.spec.steps,
-                epoch=self.engine.step / self.spec.steps_per_epoch,
-                elapsed_s=self.outcome.training_s,
-                train_loss=None if curves is None else float(curves.loss[-200:].mean()),
-                train_accuracy=None if curves is None else float(curves.accuracy[-200:].mean()),
-                val_loss=self.latest.loss,
-                val_accuracy=self.latest.accuracy,
-            )
-        )
 
 
 @contextlib.contextmanager
@@ -268,9 +426,9 @@ def _signals() -> Iterator[list[int]]:
 # ---- before the run
 
 
-def _preflight(sync: bool) -> None:
+def _preflight(context: Context) -> None:
     """Refuse a tracker that can't be reached now; what fails later is an outage, and training goes on."""
-    uri = specs.tracking_server() if sync else None
+    uri = specs.tracking_server() if context.sync else None
     if uri is None:
         return
     try:
@@ -283,46 +441,6 @@ def _preflight(sync: bool) -> None:
         ) from None
 
 
-def _environment(command: str, device: torch.device) -> dict[str, Any]:
-    """What could make the same spec give other numbers elsewhere."""
-    packages = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name}
-    return {
-        "fmnist": __version__,
-        "command": command,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "data_digest": data.DIGEST,
-        **_git(),
-        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
-    }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
-    return platform.processor()
-
-
-def _git() -> dict[str, Any]:
-    """The commit of the working tree and how it differs from it; empty outside a repository."""
-
-    def git(*arguments: str) -> str | None:
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            result = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True)
-            return result.stdout
-        return None
-
-    commit = git("rev-parse", "HEAD")
-    status = git("status", "--porcelain")
-    if commit is None or status is None:
-        return {"git_commit": None, "git_dirty": None, "git_diff": None}
-    return {"git_commit": commit.strip(), "git_dirty": bool(status), "git_diff": git("diff", "HEAD") if status else ""}
-
-
 # ---- after the run
 
 
@@ -333,39 +451,32 @@ def _believe(outcome: Outcome, note: dict[str, Any]) -> None:
         outcome.exit_code = Diverged.exit_code if outcome.status == "FAILED" else outcome.exit_code
 
 
-def _start_carrier(root: Path) -> "subprocess.Popen[bytes]":
-    """Start the store's sidecar; where one is at work already, this one sees that and exits.
+def _wait_for_carrier(context: Context, state: StateFolder, end: int, carrier: "subprocess.Popen[bytes]", outcome: Outcome) -> None:
+    """Wait until the run is carried up to its `end` and closed in MLflow.
 
-    A session of its own, so that Ctrl-C reaches the trainer only; its words go to mlruns/sidecar.log.
+    A carrier that is gone is started again, one that keeps failing is told of and then left to a later `fmnist sync`.
     """
-    with open(root / "mlruns" / "sidecar.log", "ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "fmnist.sidecar", str(root)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
-
-
-def _wait_for_carrier(root: Path, folder: Path, carrier: "subprocess.Popen[bytes]", outcome: Outcome, say: Callable[[str], None]) -> None:
-    """Wait until the run is closed in MLflow; a carrier that is gone is started again, one that keeps failing is told of."""
-    state = StateFolder(folder, {})
     quiet_since, last, told = time.monotonic(), None, False
     try:
         while True:
             note = state.carried
             outcome.run_id, outcome.experiment_id = note.get("run_id"), note.get("experiment_id")
-            if note.get("closed"):
+            if note.get("closed") == "DELETED" or (note.get("closed") and note["offset"] >= end):
                 outcome.unsynced = None
                 _believe(outcome, note)
                 return
             if note.get("error") and not told:
-                say(f"training is over; the store does not take the run: {note['error']}; trying for {CARRIER_SILENCE_S} s (Ctrl-C: later)")
+                context.say(
+                    f"training is over; the store does not take the run: {note['error']}; trying for {CARRIER_SILENCE_S} s (Ctrl-C: later)"
+                )
                 told = True
             if note.get("offset") != last:
                 quiet_since, last = time.monotonic(), note.get("offset")
             if time.monotonic() - quiet_since > CARRIER_SILENCE_S:
                 outcome.unsynced = note.get("error") or f"nothing was carried over for {CARRIER_SILENCE_S} s; see mlruns/sidecar.log"
                 return
-            if carrier.poll() is not None and not is_locked(carrier_lock(root, specs.store_name())):
-                carrier = _start_carrier(root)
+            if carrier.poll() is not None and not is_locked(carrier_lock(context.root, specs.store_name())):
+                carrier = start_carrier(context.root)
             time.sleep(0.05)
     except KeyboardInterrupt:
         outcome.unsynced = "interrupted while it was being stored; it goes on in the background"

@@ -2,7 +2,7 @@
 
 One per root, by a lock; each run starts one, and the one that finds the lock taken exits. `fmnist sync` is the same
 code in the foreground. It may be killed at any moment: the next one sends again what was not noted as sent, and a
-point sent twice is stored once.
+point sent twice is stored once. What it sends is on the disk first, so that no store knows more than the journal does.
 """
 
 import contextlib
@@ -18,11 +18,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmnist.journal import Record, StateFolder, carrier_lock, curves, is_locked, points, read, state_folders
-from fmnist.spec import store_name
+from fmnist.journal import Record, StateFolder, carrier_lock, curves, in_words, is_locked, points, read, state_folders
+from fmnist.spec import redacted, store_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,10 +66,15 @@ def _serve(root: Path) -> None:
     store: Store | None = None
     idle_since, backoff, rehearsed = time.monotonic(), PERIOD_S, False
     while time.monotonic() - idle_since < IDLE_S and carrier_lock(root, store_name()).exists():
+        if store is not None and store.stale:  # the database was deleted or replaced below us
+            store, carriers = None, {}
         for folder in state_folders(root):
             if folder.run["store"] != store_name():
                 continue
             try:
+                if _settled(folder):
+                    carriers.pop(folder.path, None)
+                    continue
                 store = store or _connect(root)
                 if folder.path not in carriers:
                     carriers[folder.path] = Carrier(folder, store)
@@ -94,9 +100,19 @@ def _connect(root: Path) -> "Store":
     return tracking.connect(root, create=True)
 
 
+def _settled(folder: StateFolder) -> bool:
+    """Whether the run is closed in MLflow with all that its journal holds; if it can't be continued either, its folder goes."""
+    note = folder.carried
+    if not note.get("closed") or (note["closed"] != "DELETED" and read(folder.path / "journal", note["offset"])[0]):
+        return False
+    if not folder.running and not folder.resumable:
+        folder.remove()
+    return True
+
+
 def _report(folder: StateFolder, error: Exception) -> str:
     """Note an error where the trainer that waits for this run sees it."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    text = redacted(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
     with contextlib.suppress(OSError):
         folder.note(**{**folder.carried, "error": text})
     return text
@@ -105,7 +121,7 @@ def _report(folder: StateFolder, error: Exception) -> str:
 def sync(root: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Carry every run that is meant for this store or for none yet, now, in place of a sidecar that may be at work."""
     results: list[dict[str, Any]] = []
-    if not state_folders(root):
+    if all(_settled(folder) for folder in state_folders(root)):
         return results
     lock = carrier_lock(root, store_name())
     if is_locked(lock):  # it may be ended at any moment, and would idle on for a while
@@ -117,13 +133,12 @@ def sync(root: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
             if folder.run["store"] not in (None, store_name()):
                 say(f"{folder.path.name}: is for {folder.run['store']}; set or unset MLFLOW_TRACKING_URI accordingly and sync again")
                 continue
-            if folder.carried.get("closed"):
-                Carrier(folder, store).advance()
+            if _settled(folder):
                 continue
             result: dict[str, Any] = {"key": folder.path.name, "run_id": None, "status": "RUNNING", "error": None}
             try:
                 carrier = Carrier(folder, store)
-                while carrier.advance():
+                while not _settled(folder) and carrier.advance():
                     pass
                 result |= {"run_id": carrier.run_id, "status": carrier.closed or "RUNNING"}
                 say(f"{folder.path.name}: {carrier.closed or 'still running; what there is so far is stored'}")
@@ -134,6 +149,15 @@ def sync(root: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
         return results
 
 
+@dataclass(frozen=True)
+class Results:
+    """What a finished run left: the step of its chosen weights, these (a flat tensor), its predictions (see _predictions)."""
+
+    step: int
+    parameters: Any
+    predictions: "pd.DataFrame"
+
+
 class Carrier:
     """Carries one run: `advance` does what can be done now."""
 
@@ -141,7 +165,10 @@ class Carrier:
         self.folder, self.store = folder, store
         self.spec: ExperimentSpec = folder.spec
         self.environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
+        self.identity = store.identity()
         note = folder.carried
+        if note.get("store", self.identity) != self.identity:
+            note = {}  # the store it was in is gone; it goes whole into the one that took its place
         self.run_id: str | None = note.get("run_id")
         self.experiment_id: str | None = note.get("experiment_id")
         self.closed: str | None = note.get("closed")
@@ -153,10 +180,6 @@ class Carrier:
 
     def advance(self) -> bool:
         """Send what the journal has gained, close the run once it has ended; tells whether anything was done."""
-        if self.closed:
-            if not self.folder.running and self.folder.path.exists():
-                self.folder.remove()
-            return False
         try:
             return self._carry()
         except Exception:
@@ -169,8 +192,12 @@ class Carrier:
         running = self.folder.running  # asked before reading: what was written before the end is then surely read
         if self.run_id is None:
             self._open()
+        elif self.closed:
+            self.store.reopen(self.run_id)
+            self._mark_closed(None, None)
         records, offset = read(self.folder.path / "journal", self.offset)
         if records:
+            _flush(self.folder.path / "journal")
             self.store.log_points(self._run_id, (point for record in records for point in points(self.spec, record)))
             self._count(records)  # only once they are sent: what fails is read again
             self.offset = offset
@@ -182,7 +209,9 @@ class Carrier:
 
     def _count(self, records: list[Record]) -> None:
         self._expected.update(point.key for record in records for point in points(self.spec, record))
-        self._ended = self._ended or any(record.kind == "end" for record in records)
+        for record in records:
+            if record.kind in ("end", "resume"):
+                self._ended = record.kind == "end"
 
     @property
     def _run_id(self) -> str:
@@ -190,7 +219,8 @@ class Carrier:
         return self.run_id
 
     def _note(self) -> None:
-        self.folder.note(run_id=self.run_id, experiment_id=self.experiment_id, offset=self.offset, closed=self.closed, reason=self.reason)
+        names = ("run_id", "experiment_id", "offset", "closed", "reason")
+        self.folder.note(store=self.identity, **{name: getattr(self, name) for name in names})
 
     def _open(self) -> None:
         run, environment, spec = self.folder.run, self.environment, self.spec
@@ -208,6 +238,8 @@ class Carrier:
             "torch": environment["packages"]["torch"],
             "mlflow.note.content": spec.question,
         }
+        if run["extends"]:
+            tags["extends"] = run["extends"]
         if environment["git_commit"]:
             tags["mlflow.source.git.commit"] = environment["git_commit"]
         self.experiment_id = self.store.experiment(spec.tracking.experiment)
@@ -217,31 +249,43 @@ class Carrier:
         self._note()
 
     def _close(self) -> None:
-        records, _ = read(self.folder.path / "journal")
-        end = next((record.fields for record in records if record.kind == "end"), None)
-        status = end["status"] if end else "KILLED"
-        reason = end["reason"] if end else "the process ended without a word (kill -9, out of memory or power loss)"
+        records, readable = read(self.folder.path / "journal")
+        end = next((record.fields for record in reversed(records) if record.kind in ("end", "resume")), {}) if self._ended else {}
+        status, reason = (
+            end.get("status", "KILLED"),
+            end.get("reason", "the process ended without a word (kill -9, out of memory or power loss)"),
+        )
+        if readable < self.offset:
+            status, reason = "FAILED", f"the journal is damaged at byte {readable:,} of the {self.offset:,} that were stored"
         status, reason = self._check_counts(records, status, reason)
-        final = next((record for record in records if record.kind == "final"), None)
+        final = next((record for record in records if record.kind == "final"), None) if status == "FINISHED" else None
+        results: Results | None = None
+        if final:
+            try:
+                results = self._results(final)
+            except Exception as error:  # damaged since, in whatever way
+                status, reason, final = "FAILED", f"its results can't be read back: {error}", None
         tags = {"mlflow.note.content": _description(self.spec, status, reason, final, self.environment)}
         if reason:
             tags["reason"] = reason[:500]
+        if resumed := [record.fields["step"] for record in records if record.kind == "resume"]:
+            tags |= {"resumes": str(len(resumed)), "resumed_from_step": str(resumed[-1])}
         if final:
-            told = {key: final.fields[key] for key in ("weights", "collapsed_at", "stopped_early_at")}
+            told = {key: final.fields[key] for key in ("weights", "collapsed_at", "stopped_early_at", "recording_s")}
             tags |= {key: str(value) for key, value in told.items() if value is not None}
         with tempfile.TemporaryDirectory(prefix="fmnist-") as folder:
-            if end and end.get("traceback"):
+            if end.get("traceback"):
                 (Path(folder) / "traceback.txt").write_text(end["traceback"], encoding="utf-8")
-            tags["manifest_sha256"] = self._gather(Path(folder), records)
+            tags["manifest_sha256"] = self._gather(Path(folder), records, results)
             self.store.log_artifacts(self._run_id, Path(folder))
-        if final:
-            self._log_model(final)
+        if final and results:
+            self._log_model(final, results)
         self.store.set_tags(self._run_id, tags)
         times = [int(record.fields["t1"] if record.kind == "train" else record.fields["t"]) for record in records]
         self.store.close_run(self._run_id, status, max(times, default=self.folder.run["started_ms"]))
         self._mark_closed(status, reason)
 
-    def _mark_closed(self, status: str, reason: str | None) -> None:
+    def _mark_closed(self, status: str | None, reason: str | None) -> None:
         self.closed, self.reason = status, reason
         self._note()
 
@@ -257,7 +301,15 @@ class Carrier:
             return "FAILED", f"the store does not hold the points that were sent: {', '.join(wrong)}"
         return status, reason
 
-    def _gather(self, folder: Path, records: list[Record]) -> str:
+    def _results(self, final: Record) -> Results:
+        """What the trainer left beside the journal; raises whatever reading damaged files raises."""
+        from fmnist import checkpoint
+
+        state = checkpoint.load(self.folder.path / checkpoint.NEWEST, self.spec)
+        chosen = state["best"] if final.fields["weights"] == "best" else state
+        return Results(chosen["step"], chosen["parameters"], _predictions(self.folder.path / "predictions.npz"))
+
+    def _gather(self, folder: Path, records: list[Record], results: Results | None) -> str:
         """Lay out a run's artifacts and their manifest; returns the manifest's SHA-256."""
         from fmnist import plots
 
@@ -271,8 +323,8 @@ class Carrier:
         if frame["val/loss"].notna().any():
             best = next((int(record.fields["metrics"]["best/step"]) for record in records if record.kind == "final"), None)
             plots.learning_curves(frame, self.folder.run["name"], self.spec.steps_per_epoch, best).savefig(figures / "learning_curves.png")
-        if (self.folder.path / "predictions.npz").exists():
-            predictions = _predictions(self.folder.path / "predictions.npz")
+        if results is not None:
+            predictions = results.predictions
             predictions.to_parquet(folder / "predictions.parquet", index=False)
             selected = predictions[predictions["split"] == "val"]
             predicted = selected.filter(like="logit_").to_numpy().argmax(1)
@@ -295,13 +347,10 @@ class Carrier:
             module, images = self._servable(None)
             tracking.save_model(module, images, Path(folder) / "model")
 
-    def _log_model(self, final: Record) -> None:
-        from fmnist import checkpoint
-
-        state = checkpoint.load(self.folder.path / "checkpoint.pt", self.spec)
-        module, images = self._servable(state["parameters"])
+    def _log_model(self, final: Record, results: Results) -> None:
+        module, images = self._servable(results.parameters)
         metrics = {key: value for key, value in final.fields["metrics"].items() if key.startswith(("last/", "test/"))}
-        self.store.log_model(self._run_id, module, images, state["step"], metrics, final.fields["t"])
+        self.store.log_model(self._run_id, module, images, results.step, metrics, final.fields["t"])
 
     def _servable(self, parameters: Any) -> tuple[Any, Any]:
         """The model that takes raw images, with these parameters or fresh ones; and two such images."""
@@ -318,6 +367,12 @@ class Carrier:
                 for parameter, values in zip(network.parameters(), parameters.split(sizes), strict=True):
                     parameter.copy_(values.view_as(parameter))
         return model.Servable(network, *data.normalization(self.spec.data)).eval(), data.raw_images(self.store.root, 2)
+
+
+def _flush(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.close(file)
 
 
 def _predictions(path: Path) -> "pd.DataFrame":
@@ -341,20 +396,7 @@ def _description(spec: "ExperimentSpec", status: str, reason: str | None, final:
     if reason:
         lines += [f"**{status}**: {reason}", ""]
     if final:
-        metrics = final.fields["metrics"]
-        lines += ["| | validation accuracy | validation loss |", "|---|---|---|"]
-        lines += [f"| best (step {metrics['best/step']:,.0f}) | {metrics['best/val_accuracy']:.4f} | {metrics['best/val_loss']:.4f} |"]
-        lines += [f"| {final.fields['weights']} weights | {metrics['last/val_accuracy']:.4f} | {metrics['last/val_loss']:.4f} |", ""]
-        if "test/accuracy" in metrics:
-            lines += [f"Test accuracy, read once at the end: {metrics['test/accuracy']:.4f}, loss {metrics['test/loss']:.4f}.", ""]
-        else:
-            lines += ["Validation is the test set here, so a choice made by these numbers is made on the test set.", ""]
-        if final.fields["collapsed_at"] is not None:
-            lines += [
-                f"**Collapsed**: from step {final.fields['collapsed_at']:,} or before, it guesses (loss about ln 10, accuracy about 0.1).",
-                "",
-            ]
-        lines += [f"Training took {final.fields['training_s']:.1f} s."]
+        lines += [*in_words(final.fields), f"Training took {final.fields['training_s']:.1f} s.", ""]
     return "\n".join([*lines, f"Repeat: `{environment['command']}`"])
 
 

@@ -28,6 +28,8 @@ SEGMENT_STEPS = 1_000
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 YAML_1_1_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
 MAX_STEPS, MAX_EVALUATIONS = 100_000_000, 100_000
+DEFINING = ("data", "model", "optimizer", "schedule", "train")
+"""The sections that define a run; the others name, file or compute it."""
 
 
 class Section(BaseModel):
@@ -240,8 +242,7 @@ class ExperimentSpec(Section):
         return _digest(self._definition(without_seed=True))
 
     def _definition(self, without_seed: bool = False) -> dict[str, Any]:
-        sections = {"data", "model", "optimizer", "schedule", "train"}
-        changed = self.model_dump(mode="json", include=sections, exclude_defaults=True)
+        changed = self.model_dump(mode="json", include=set(DEFINING), exclude_defaults=True)
         if without_seed:
             changed.get("train", {}).pop("seed", None)
         for section in ("model", "optimizer", "schedule"):
@@ -251,6 +252,12 @@ class ExperimentSpec(Section):
     def flat(self) -> dict[str, Any]:
         """Dotted path to value, for every field."""
         return dict(leaves(self.model_dump(mode="json")))
+
+    def differences(self, other: Mapping[str, Any]) -> str:
+        """What differs in the defining fields from another spec's `flat`, in words; empty where nothing does."""
+        here = self.flat()
+        paths = sorted(path for path in {*here, *other} if path.partition(".")[0] in DEFINING and here.get(path) != other.get(path))
+        return ", ".join(f"{path} {shorten(other.get(path))} there, {shorten(here.get(path))} here" for path in paths)
 
     def logged_steps(self, last: int | None = None) -> range:
         """The steps up to `last` whose training loss and accuracy go to MLflow."""
@@ -316,8 +323,8 @@ def tracking_server() -> str | None:
 
 
 def redacted(uri: str) -> str:
-    """A URI without the user and password in it."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+    """A text without the users and passwords of the URIs in it."""
+    return re.sub(r"//[^/\s]*@", "//", uri)  # to the last @: a password may hold one
 
 
 def store_name() -> str:

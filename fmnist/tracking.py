@@ -5,14 +5,19 @@ mlflow itself is imported inside `connect`, after the settings that it reads onc
 
 import contextlib
 import fcntl
+import hashlib
 import itertools
+import json
 import os
+import shlex
+import shutil
 import sqlite3
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -46,6 +51,8 @@ EXPERIMENT_TAGS = {
     "mlflow.experiment.primaryMetric.name": "last/val_accuracy",
     "mlflow.experiment.primaryMetric.greaterIsBetter": "true",
 }
+PATHS = "experiments.artifact_location", "runs.artifact_uri", "logged_models.artifact_location", "model_versions.storage_location"
+INFO = {"run_id": "run_id", "experiment_id": "experiment_id", "name": "run_name", "status": "status", "start": "start_time"}
 DATA_URL = "https://github.com/zalandoresearch/fashion-mnist"
 
 
@@ -59,33 +66,83 @@ def uri(root: Path) -> str:
 
 
 def connect(root: Path, create: bool = False) -> "Store":
-    """Open the store; with `create` the local one is made if there is none. Raises StoreError where there is nothing to open."""
+    """Open the store; with `create` the local one is made if there is none. Raises StoreError where there is none, or none of use."""
     os.environ.update(SETTINGS)
     if specs.tracking_server() is None:
-        if create:
-            _ensure_database(root)
-        elif not database(root).exists():
-            raise StoreError(f"no runs are recorded in {root / 'mlruns'} yet; start one with: make run EXP=baseline")
+        with _told(f"{database(root)} can't be used", "make mlruns/ writable for you, restore the file, or move it away to start anew"):
+            if not create and not database(root).exists():
+                raise StoreError(f"no runs are recorded in {root / 'mlruns'} yet; start one with: make run EXP=baseline")
+            _prepare(root)
+            return Store(root)
     return Store(root)
 
 
-def _ensure_database(root: Path) -> None:
-    """Create the SQLite store once, whole or not at all; MLflow's own creation is not safe when several processes begin at once."""
-    path = database(root)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.parent / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists():
-            return
-        partial = path.with_suffix(".db.partial")
-        partial.unlink(missing_ok=True)
-        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+@contextlib.contextmanager
+def _told(problem: str, remedy: str) -> Iterator[None]:
+    """Make one line of whatever MLflow, a database damaged anywhere or a server that answers anything leads to."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except Exception as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        cause = lines[-1] if lines[0].endswith(":") else lines[0]  # MLflow may begin with a heading
+        raise StoreError(f"{problem}: {specs.redacted(cause)[:300]}; {remedy}") from None
 
-        SqlAlchemyStore(f"sqlite:///{partial}", str(path.parent / "artifacts")).engine.dispose()
-        with contextlib.closing(sqlite3.connect(partial)) as connection:
-            # Readers and the writer no longer wait for each other; the setting stays with the file.
-            connection.execute("PRAGMA journal_mode=WAL")
-        partial.rename(path)
+
+def _sqlite(path: Path) -> "contextlib.closing[sqlite3.Connection]":
+    """A database past MLflow; it is never created."""
+    return contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=20, isolation_level=None))
+
+
+def _prepare(root: Path) -> None:
+    """See to it that there is a local database, whole, which this MLflow can use where it lies now."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    if set("?%") & set(str(root)):
+        raise StoreError(f"{root}: SQLAlchemy can't open a file below a folder with ? or % in its name; rename the folder")
+    path, artifacts = database(root), root / "mlruns" / "artifacts"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.parent / ".lock", "w") as lock:  # MLflow's own creation is not safe when several processes begin at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            partial = path.with_suffix(".db.partial")
+            partial.unlink(missing_ok=True)
+            SqlAlchemyStore(f"sqlite:///{partial}", str(artifacts)).engine.dispose()
+            with _sqlite(partial) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")  # it stays with the file: readers and the writer don't wait for each other
+            for left in path.parent.glob("mlflow.db-[sw][ah][lm]"):  # by a database that is gone; SQLite would take it for the new one's
+                left.rename(f"{left}.old")
+            partial.rename(path)
+        with _sqlite(path) as connection:
+            connection.execute("BEGIN IMMEDIATE")  # fails where nothing can be written
+            _check_schema(path, *connection.execute("SELECT max(version_num) FROM alembic_version").fetchone())
+            _relocate(connection, artifacts)
+            connection.execute("COMMIT")
+        SqlAlchemyStore._get_or_create_engine(uri(root)).dispose()  # it keeps connections by path, to a file that is gone too
+
+
+def _check_schema(path: Path, found: str) -> None:
+    """Refuse the database of another MLflow: an older one would be migrated in place without a word."""
+    from mlflow.store.db.utils import ScriptDirectory, _get_alembic_config
+
+    newest, *older = (script.revision for script in ScriptDirectory.from_config(_get_alembic_config("")).walk_revisions())
+    if found in older:
+        upgrade = shlex.join([sys.executable, "-m", "mlflow", "db", "upgrade", f"sqlite:///{path}"])
+        raise StoreError(f"{path} is of an older MLflow (schema {found}, not {newest}); make a copy of it, then: {upgrade}")
+    if found != newest:
+        raise StoreError(f"{path} is of a newer MLflow (schema {found}, here {newest}); use the fmnist that wrote it")
+
+
+def _relocate(connection: sqlite3.Connection, here: Path) -> None:
+    """Where mlruns/ was moved or copied, turn the paths in its database to its place now; its oldest experiment tells the former."""
+    locations = connection.execute("SELECT artifact_location FROM experiments ORDER BY experiment_id")
+    folders = (Path(unquote(location.removeprefix("file://"))).parent for (location,) in locations)
+    there = next((folder for folder in folders if folder.is_absolute() and folder.parts[-2:] == here.parts[-2:]), here)
+    moves = [{"old": f"{old}/", "new": f"{new}/"} for old, new in ((there, here), (there.as_uri(), here.as_uri())) if old != new]
+    for table, column in (place.split(".") for place in PATHS):
+        changed = f"UPDATE {table} SET {column} = :new || substr({column}, length(:old) + 1) WHERE instr({column}, :old) = 1"
+        connection.executemany(changed, moves)
 
 
 class Store:
@@ -96,7 +153,21 @@ class Store:
 
         self.root = root
         self.local = specs.tracking_server() is None
+        self._opened = database(root).stat() if self.local else None
         self.client = MlflowClient(tracking_uri=uri(root))
+
+    @property
+    def stale(self) -> bool:
+        """Whether the local database is no longer the file that was opened: deleted, moved away, or another in its place."""
+        path = database(self.root)
+        return self._opened is not None and not (path.exists() and os.path.samestat(path.stat(), self._opened))
+
+    def identity(self) -> str:
+        """What tells this store from others wherever it is moved: when its first experiment was made; empty where there is none."""
+        from mlflow.entities import ViewType
+
+        oldest = self.client.search_experiments(ViewType.ALL, max_results=1, order_by=["creation_time"])
+        return str(oldest[0].creation_time) if oldest else ""
 
     # ---- writing a run
 
@@ -116,45 +187,33 @@ class Store:
         return str(found.experiment_id)
 
     def create_run(
-        self,
-        experiment_id: str,
-        key: str,
-        name: str,
-        started_ms: int,
-        spec: specs.ExperimentSpec,
-        tags: Mapping[str, str],
-        data_digest: str,
+        self, experiment: str, key: str, name: str, started_ms: int, spec: specs.ExperimentSpec, tags: Mapping[str, str], digest: str
     ) -> str:
         """The id of the run with this key: created with its parameters, tags and datasets unless an earlier attempt got that far."""
         from mlflow.entities import Param, ViewType
 
-        earlier = self.client.search_runs([experiment_id], f"tags.run_key = '{key}'", ViewType.ALL, max_results=1)
-        if earlier:
-            run_id = earlier[0].info.run_id
-        else:
-            all_tags = {**tags, "run_key": key, "mlflow.source.name": "fmnist", "mlflow.source.type": "LOCAL"}
-            run_id = self.client.create_run(experiment_id, started_ms, all_tags, name).info.run_id
-        parameters = [Param(path, _text(value)) for path, value in spec.flat().items() if path not in ("name", "question")]
-        self.client.log_batch(run_id, params=parameters)
-        self.client.log_inputs(run_id, self._datasets(spec, data_digest))
-        return str(run_id)
+        earlier = self.client.search_runs([experiment], f"tags.run_key = '{key}'", ViewType.ALL, max_results=1)
+        all_tags = {**tags, "run_key": key, "mlflow.source.name": "fmnist", "mlflow.source.type": "LOCAL"}
+        info = earlier[0].info if earlier else self.client.create_run(experiment, started_ms, all_tags, name).info
+        if info.lifecycle_stage == "active":  # nothing can be added to a deleted one
+            values = {path: value for path, value in spec.flat().items() if path not in ("name", "question")}
+            parameters = [Param(path, "null" if value is None else str(value)) for path, value in values.items()]
+            self.client.log_batch(info.run_id, params=parameters)
+            self.client.log_inputs(info.run_id, self._datasets(spec, digest))
+        return str(info.run_id)
 
     def _datasets(self, spec: specs.ExperimentSpec, digest: str) -> list[Any]:
         from mlflow.data.http_dataset_source import HTTPDatasetSource
         from mlflow.data.meta_dataset import MetaDataset
         from mlflow.entities import DatasetInput, InputTag
 
-        holdout = spec.data.holdout
-        splits = {
-            "train": f"fashion-mnist-train-{spec.train_images}",
-            "validation": f"fashion-mnist-{'train-held-out' if holdout else 'test'}",
-        }
-        if holdout:
-            splits["test"] = "fashion-mnist-test"
+        splits = {"train": f"train-{spec.train_images}", "validation": "test"}
+        if spec.data.holdout:
+            splits |= {"validation": "train-held-out", "test": "test"}
         inputs = []
         for context, name in splits.items():
             # MLflow takes 36 characters of digest; the whole one is a tag of the run.
-            dataset = MetaDataset(HTTPDatasetSource(DATA_URL), name=name, digest=digest[:36])
+            dataset = MetaDataset(HTTPDatasetSource(DATA_URL), name=f"fashion-mnist-{name}", digest=digest[:36])
             inputs.append(DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", context)]))
         return inputs
 
@@ -169,9 +228,8 @@ class Store:
     def count(self, run_id: str, keys: Iterable[str]) -> dict[str, int]:
         """How many points of each metric the store holds."""
         if self.local:
-            with contextlib.closing(sqlite3.connect(f"file:{database(self.root)}?mode=ro", uri=True, timeout=20)) as connection:
-                rows = connection.execute("SELECT key, count(*) FROM metrics WHERE run_uuid = ? GROUP BY key", (run_id,))
-                stored = dict(rows.fetchall())
+            with _sqlite(database(self.root)) as connection:
+                stored = dict(connection.execute("SELECT key, count(*) FROM metrics WHERE run_uuid = ? GROUP BY key", (run_id,)))
             return {key: stored.get(key, 0) for key in keys}
         return {key: len(self.client.get_metric_history(run_id, key)) for key in keys}
 
@@ -190,16 +248,13 @@ class Store:
         run = self.client.get_run(run_id)
         if run.outputs and run.outputs.model_outputs:
             return  # an earlier attempt got that far
+        experiment = run.info.experiment_id
+        begun = self.client.search_logged_models([experiment], f"source_run_id = '{run_id}'", max_results=1)
         # mlflow.pytorch.log_model would read the whole metric history of the run back; the calls below it don't.
-        logged = self.client.create_logged_model(run.info.experiment_id, "model", run_id, params=run.data.params, model_type="classifier")
+        logged = begun[0] if begun else self.client.create_logged_model(experiment, "model", run_id, None, run.data.params, "classifier")
+        ids = {"run_id": run_id, "model_uuid": logged.model_id, "model_id": logged.model_id}
         with tempfile.TemporaryDirectory() as folder:
-            identity = {
-                "artifact_path": logged.artifact_location,
-                "run_id": run_id,
-                "model_uuid": logged.model_id,
-                "model_id": logged.model_id,
-            }
-            save_model(module, example, Path(folder) / "model", identity)
+            save_model(module, example, Path(folder) / "model", {"artifact_path": logged.artifact_location, **ids})
             self.client.log_model_artifacts(logged.model_id, str(Path(folder) / "model"))
         self.client.finalize_logged_model(logged.model_id, "READY")
         linked = [Metric(key, value, timestamp_ms, 0, model_id=logged.model_id, run_id=run_id) for key, value in metrics.items()]
@@ -210,9 +265,14 @@ class Store:
         """Give a run its final status and its end; then refresh the statistics without which SQLite reads charts quadratically."""
         self.client.set_terminated(run_id, status, ended_ms)
         if self.local:
-            with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(database(self.root))) as connection:
-                connection.execute("PRAGMA analysis_limit=400")
-                connection.execute("ANALYZE")
+            with contextlib.suppress(sqlite3.OperationalError), _sqlite(database(self.root)) as connection:
+                connection.executescript("PRAGMA analysis_limit=400; ANALYZE")
+
+    def reopen(self, run_id: str) -> None:
+        """Let a run that was closed go on: RUNNING, and without the reason for which it ended."""
+        self.client.update_run(run_id, "RUNNING")
+        if "reason" in self.client.get_run(run_id).data.tags:
+            self.client.delete_tag(run_id, "reason")
 
     def is_deleted(self, run_id: str) -> bool:
         from mlflow.exceptions import MlflowException
@@ -226,6 +286,7 @@ class Store:
 
     # ---- reading back
 
+    @_told("the runs can't be read", "see that the store is there, or restore it from a copy")
     def runs(self, status: str | None = "FINISHED") -> "pd.DataFrame":
         """The runs of every experiment, oldest first: run_id, experiment_id, name, status, start, and p/, m/, t/ + parameter, metric, tag."""
         import pandas as pd
@@ -233,44 +294,43 @@ class Store:
         ids = [experiment.experiment_id for experiment in self.client.search_experiments()]
         rows = []
         for run in self._pages(ids, "tags.kind = 'run'" + (f" and attributes.status = '{status}'" if status else "")):
-            info, values = run.info, run.data
-            row = {
-                "run_id": info.run_id,
-                "experiment_id": info.experiment_id,
-                "name": info.run_name,
-                "status": info.status,
-                "start": info.start_time,
-            }
+            values, row = run.data, {column: getattr(run.info, field) for column, field in INFO.items()}
             row |= {f"p/{key}": value for key, value in values.params.items()}
             row |= {f"m/{key}": value for key, value in values.metrics.items()}
             row |= {f"t/{key}": value for key, value in values.tags.items()}
             rows.append(row)
-        return pd.DataFrame(rows, columns=None if rows else ["run_id", "experiment_id", "name", "status", "start"])
+        return pd.DataFrame(rows, columns=None if rows else list(INFO))
 
     def _pages(self, experiment_ids: list[str], query: str) -> Iterator[Any]:
-        token = None
-        while True:
-            page = self.client.search_runs(experiment_ids, query, max_results=PAGE, order_by=["attributes.start_time"], page_token=token)
+        page: Any = None
+        while page is None or page.token:
+            token, order = page and page.token, ["attributes.start_time"]
+            page = self.client.search_runs(experiment_ids, query, max_results=PAGE, order_by=order, page_token=token)
             yield from page
-            token = page.token
-            if not token:
-                return
 
     def curves(self, run_id: str) -> "pd.DataFrame":
-        """A run's curves.parquet (see journal.curves); raises StoreError where it has none."""
+        """A run's curves.parquet (see journal.curves); raises StoreError as `artifacts` does."""
         import pandas as pd
 
         with tempfile.TemporaryDirectory() as folder:
-            return pd.read_parquet(self.download(run_id, "curves.parquet", Path(folder)))
+            self.artifacts(run_id, ["curves.parquet"], Path(folder))
+            return pd.read_parquet(Path(folder) / "curves.parquet")
+
+    def artifacts(self, run_id: str, names: Sequence[str], folder: Path) -> None:
+        """Copy artifacts of a run, and its manifest, below `folder`; raises StoreError, and copies none, where one is not as recorded."""
+        with _told(f"run {run_id}: its artifacts can't be read", "see that the store is there"), tempfile.TemporaryDirectory() as scratch:
+            digests = {"manifest.json": self.client.get_run(run_id).data.tags.get("manifest_sha256")}
+            for name in ("manifest.json", *names):
+                data = self.download(run_id, name, Path(scratch)).read_bytes()
+                if hashlib.sha256(data).hexdigest() != digests.get(name):
+                    raise StoreError(f"run {run_id}: {name} is not as it was recorded, and not usable; restore it or train again")
+                digests = json.loads(data) | digests if name == "manifest.json" else digests
+            shutil.copytree(scratch, folder, dirs_exist_ok=True)
 
     def download(self, run_id: str, artifact: str, folder: Path) -> Path:
         """Copy one artifact of a run below `folder`; raises StoreError where it can't be had."""
-        from mlflow.exceptions import MlflowException
-
-        try:
+        with _told(f"run {run_id}: {artifact} can't be read", "where it is lost, restore it or train again"):
             return Path(self.client.download_artifacts(run_id, artifact, str(folder)))
-        except (MlflowException, OSError) as error:
-            raise StoreError(f"run {run_id}: {artifact} can't be read: {str(error).splitlines()[0]}") from None
 
 
 def save_model(module: Any, example: np.ndarray, path: Path, identity: Mapping[str, str] | None = None) -> None:
@@ -297,10 +357,6 @@ def save_model(module: Any, example: np.ndarray, path: Path, identity: Mapping[s
     )
 
 
-def _text(value: Any) -> str:
-    return "null" if value is None else str(value)
-
-
 def page(experiment_id: str, run_id: str = "", port: int = 5000) -> str:
     """Where a run, or all of an experiment, is seen: on the server, or on the one that `make ui` starts."""
     server = specs.redacted(specs.tracking_server() or f"http://127.0.0.1:{port}")
@@ -313,6 +369,5 @@ def server_command(root: Path, port: int) -> list[str]:
     here = f"127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri(root)]
     command += ["--default-artifact-root", str(root / "mlruns" / "artifacts"), "--no-serve-artifacts"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--allowed-hosts", f"{here},localhost:{port}", "--cors-allowed-origins", f"http://{here}"]
-    return [*command, "--x-frame-options", "DENY"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--x-frame-options", "DENY"]
+    return [*command, "--allowed-hosts", f"{here},localhost:{port}", "--cors-allowed-origins", f"http://{here}"]

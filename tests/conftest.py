@@ -42,6 +42,20 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    tracking.connect(folder, create=True)
+    return tracking.database(folder)
+
+
+@pytest.fixture
+def with_store(home: Path, empty_store: Path) -> None:
+    """The home has a store already, where making one is not what is tested: it takes seconds."""
+    (home / "mlruns").mkdir()
+    shutil.copy(empty_store, tracking.database(home))
+
+
 def stop_sidecar(folder: Path) -> None:
     """End the sidecar that a run in this home left behind; it would idle on for half a minute."""
     with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):

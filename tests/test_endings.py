@@ -10,37 +10,79 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import LONG, SMALL, Fmnist, start, stored_steps, trained, wait_for
 
 from fmnist import journal, tracking
 
+pytestmark = pytest.mark.usefixtures("with_store")
+EPOCHS = (*LONG, "-s", "train.epochs=4", "--json")
+STEPS = 4 * 1875
+
+
+def only_folder(home: Path) -> journal.StateFolder:
+    (folder,) = journal.state_folders(home)
+    return folder
+
+
+def assert_continued(home: Path, run_id: str, finished: "subprocess.CompletedProcess[str]") -> None:
+    """The second command finished the first one's run, with every point once and nothing left of the interruption but its tags."""
+    outcome = json.loads(finished.stdout)
+    assert (finished.returncode, outcome["status"], outcome["run_id"]) == (0, "FINISHED", run_id), finished.stderr
+    store = tracking.connect(home)
+    run = store.client.get_run(run_id)
+    assert (run.info.status, run.data.tags["resumes"], run.data.tags.get("reason")) == ("FINISHED", "1", None)
+    assert stored_steps(store, run_id) == list(range(1, STEPS + 1))
+    assert [point.step for point in store.client.get_metric_history(run_id, "val/loss")] == [*range(0, STEPS, 500), STEPS]
+    assert len(store.runs(status=None)) == 1
+    assert store.curves(run_id)["step"].tolist() == list(range(STEPS + 1))
+    wait_for(lambda: not journal.state_folders(home))
+
 
 @pytest.mark.parametrize(("signal_number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_ends_a_run_as_killed_with_all_its_steps(home: Path, signal_number: int, exit_code: int) -> None:
-    process = start(*LONG, "--json")
-    wait_for(lambda: trained(home) >= 1000)
+def test_signal_ends_a_run_as_killed_and_the_same_command_continues_it(
+    fmnist: Fmnist, home: Path, signal_number: int, exit_code: int
+) -> None:
+    process = start(*EPOCHS)
+    wait_for(lambda: trained(home) >= 500)
     process.send_signal(signal_number)
     outcome = json.loads(process.communicate(timeout=60)[0])
     assert process.returncode == exit_code
-    assert outcome["status"] == "KILLED"
+    assert (outcome["status"], outcome["resumable"]) == ("KILLED", True)
     store = tracking.connect(home)
     assert store.client.get_run(outcome["run_id"]).info.status == "KILLED"
     assert stored_steps(store, outcome["run_id"]) == list(range(1, outcome["steps"] + 1))
     assert signal.Signals(signal_number).name in store.client.get_run(outcome["run_id"]).data.tags["reason"]
+    assert torch.load(only_folder(home).path / "checkpoint.pt", weights_only=True)["step"] == outcome["steps"]
+    finished = fmnist(*EPOCHS)
+    assert f"continuing {outcome['key']} at step {outcome['steps']:,} of {STEPS:,}" in finished.stderr
+    assert_continued(home, outcome["run_id"], finished)
 
 
-def test_kill_9_is_seen_and_what_was_trained_is_stored(home: Path) -> None:
-    process = start(*LONG)
-    wait_for(lambda: trained(home) >= 1000)
+def test_kill_9_of_trainer_and_sidecar_is_seen_by_the_next_command_and_continued_once(fmnist: Fmnist, home: Path) -> None:
+    process = start(*EPOCHS)
+    wait_for(lambda: trained(home) >= 1000 and only_folder(home).carried.get("offset"))
     process.kill()
+    os.kill(int(journal.carrier_lock(home).read_text()), signal.SIGKILL)
     process.wait()
-    steps = trained(home)
-    wait_for(lambda: not journal.state_folders(home))
+    run_id, key = only_folder(home).carried["run_id"], only_folder(home).path.name
     store = tracking.connect(home)
-    run = store.runs(status=None).iloc[0]
-    assert run["status"] == "KILLED"
-    assert "kill -9" in run["t/reason"]
-    assert stored_steps(store, run["run_id"]) == list(range(1, steps + 1))
+    assert store.client.get_run(run_id).info.status == "RUNNING"
+    assert f"{key} was interrupted" in fmnist("list").stderr
+    doctor = fmnist("doctor")
+    assert doctor.returncode == 1
+    assert f"{key}: interrupted at step {trained(home):,} of {STEPS:,}" in doctor.stdout
+    wait_for(lambda: store.client.get_run(run_id).info.status == "KILLED")  # `list` has started a sidecar
+    tags = store.client.get_run(run_id).data.tags
+    assert "kill -9" in tags["reason"]
+    assert stored_steps(store, run_id) == list(range(1, trained(home) + 1))
+    first = start("run", "--resume", run_id[:8], "--json")
+    wait_for(lambda: only_folder(home).running)
+    second = fmnist("run", "--resume", key)
+    assert second.returncode == 2
+    assert f"{key} is being trained by process {first.pid} on " in second.stderr
+    stdout, stderr = first.communicate(timeout=120)
+    assert_continued(home, run_id, subprocess.CompletedProcess([], first.returncode, stdout, stderr))
 
 
 def test_killed_sidecar_is_started_again_and_nothing_is_lost_or_doubled(home: Path) -> None:
@@ -79,7 +121,7 @@ def test_error_while_training_fails_the_run_with_its_traceback(fmnist: Fmnist, h
         command, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     )
     outcome = json.loads(result.stdout)
-    assert (result.returncode, outcome["status"]) == (3, "FAILED")
+    assert (result.returncode, outcome["status"], outcome["resumable"]) == (3, "FAILED", True)
     assert "Traceback" not in result.stderr
     assert fmnist("sync").returncode == 0
     store = tracking.connect(home)
@@ -87,6 +129,9 @@ def test_error_while_training_fails_the_run_with_its_traceback(fmnist: Fmnist, h
     assert run["status"] == "FAILED"
     assert "OSError" in run["t/reason"]
     assert "Traceback" in store.download(run["run_id"], "traceback.txt", tmp_path).read_text()
+    assert stored_steps(store, run["run_id"]) == list(range(1, 61))
+    continued = json.loads(fmnist(*SMALL, "--json").stdout)  # there is room again
+    assert (continued["status"], continued["run_id"]) == ("FINISHED", run["run_id"])
     assert stored_steps(store, run["run_id"]) == list(range(1, 61))
 
 

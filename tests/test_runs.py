@@ -193,7 +193,7 @@ def test_collapse_is_reported_and_the_run_finishes(recorded: Recorded) -> None:
     assert run["collapsed_at"] > 200  # an interval wholly behind the first epoch
     tags = recorded.store.client.get_run(run["run_id"]).data.tags
     assert tags["collapsed_at"] == str(run["collapsed_at"])
-    assert "Collapsed" in tags["mlflow.note.content"]
+    assert "COLLAPSED" in tags["mlflow.note.content"]
     assert recorded.first["collapsed_at"] is None
 
 
@@ -233,7 +233,7 @@ def test_report_draws_and_tells_the_differences(recorded: Recorded) -> None:
 
 def test_report_of_named_runs(recorded: Recorded, tmp_path: Path) -> None:
     assert len(reports.write(recorded.store, tmp_path, [recorded.first["run_id"][:8], "holdout"]).rows) == 2
-    with pytest.raises(UserError, match="no finished run fits 'no-such-run'"):
+    with pytest.raises(UserError, match="no run fits 'no-such-run'"):
         reports.write(recorded.store, tmp_path, ["no-such-run"])
 
 
@@ -245,7 +245,7 @@ def test_report_imports_no_torch(recorded: Recorded) -> None:
 def test_trainer_imports_no_mlflow(home: Path) -> None:
     code = (
         "import sys; from fmnist import experiments, runner, spec; r = experiments.load('baseline', ['train.epochs=1', 'train.batch_size=5000']);"
-        "o = runner.run(r, spec.home(), True, print, lambda p: None);"
+        "o = runner.run(r, runner.Context(spec.home()));"
         "assert o.status == 'FINISHED' and o.run_id, o; assert not {'mlflow', 'pandas', 'matplotlib'} & set(sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -257,6 +257,6 @@ def test_every_experiment_runs(name: str, home: Path) -> None:
     from fmnist import runner
 
     resolved = experiments.load(name, ["train.epochs=1", "train.batch_size=2000"], home)
-    outcome = runner.run(resolved, home, False, print, lambda progress: None)
+    outcome = runner.run(resolved, runner.Context(home, sync=False))
     assert (outcome.status, outcome.steps) == ("FINISHED", resolved.spec.steps)
     assert ("test/accuracy" in outcome.metrics) == (resolved.spec.data.holdout is not None)

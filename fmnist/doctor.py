@@ -1,0 +1,109 @@
+"""What `fmnist doctor` looks at: the environment, the data, the store, runs that stopped and runs that are not in MLflow yet."""
+
+import contextlib
+import importlib.metadata
+import re
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fmnist import data, tracking
+from fmnist import spec as specs
+from fmnist.errors import UserError
+from fmnist.journal import StateFolder, is_locked, read, state_folder, state_folders
+
+FREE_BYTES = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Finding:
+    what: str
+    remedy: str | None = None
+    """What to do; None where all is well."""
+
+
+def findings(root: Path) -> Iterator[Finding]:
+    """Everything there is to say, sound things first within each part."""
+    yield from _environment(Path(__file__).parent.parent)
+    faults = data.faults(root)
+    yield from (Finding(f"data: {name} is {fault}", "make data") for name, fault in faults.items())
+    if not faults:
+        yield Finding("data: 4 files, SHA-256 as published")
+    free = shutil.disk_usage(root).free
+    yield Finding(f"disk: {free / 1e9:.1f} GB free", None if free > FREE_BYTES else "make room: a run of 20 epochs takes 25 MB")
+    yield from _store(root)
+    yield from _runs(root)
+
+
+def _environment(repository: Path) -> Iterator[Finding]:
+    lock = repository / "requirements.lock"
+    if not lock.exists():
+        return
+    locked: dict[str, set[str]] = {}  # one or several versions of each, for one Python or another
+    for name, version in re.findall(r"^([A-Za-z0-9._-]+)==([^ ;\\]+)", lock.read_text(encoding="utf-8"), re.MULTILINE):
+        locked.setdefault(name, set()).add(version)
+    installed = {distribution.name.lower().replace("_", "-"): distribution.version for distribution in importlib.metadata.distributions()}
+    wrong = [f"{name} {installed[name]}" for name, versions in locked.items() if name in installed and installed[name] not in versions]
+    absent = [name for name in ("torch", "mlflow-skinny", "pandas", "matplotlib") if name not in installed]
+    if wrong or absent:
+        yield Finding(f"environment: not as requirements.lock has it: {', '.join(wrong + absent)}", "make clean setup")
+    else:
+        yield Finding(f"environment: {len(locked)} packages, none off its version in requirements.lock")
+
+
+def _store(root: Path) -> Iterator[Finding]:
+    if server := specs.tracking_server():
+        yield Finding(f"store: {specs.redacted(server)}")
+    elif not tracking.database(root).exists():
+        yield Finding("store: none yet, the first run makes it")
+        return
+    try:
+        store = tracking.connect(root)
+        runs = store.runs(status=None)
+        if store.local:
+            with contextlib.closing(sqlite3.connect(tracking.database(root))) as connection:
+                damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if damage != "ok":
+                yield Finding(
+                    f"store: {tracking.database(root)} is damaged: {damage}",
+                    "restore it from a copy, or move it away: the next run makes a new one",
+                )
+        known = {folder.carried.get("run_id") for folder in state_folders(root)}
+        for _, run in runs[runs["status"] == "RUNNING"].iterrows():
+            if run["run_id"] not in known:
+                yield Finding(
+                    f"store: run {run['run_id']} ({run['name']}) says RUNNING; nothing of it is on this disk",
+                    "if no other machine trains it, delete it in MLflow",
+                )
+        yield Finding(f"store: {len(runs)} runs")
+    except UserError as error:
+        yield Finding("store: can't be used", str(error))
+    except Exception as error:  # a server has many ways to fail
+        yield Finding("store: can't be used", specs.redacted(str(error).splitlines()[0]))
+
+
+def _runs(root: Path) -> Iterator[Finding]:
+    for folder in state_folders(root):
+        yield describe(folder)
+    for path in state_folder(root).glob(".*"):
+        if not is_locked(path / "lock"):
+            yield Finding(f"left over by a process that was killed: {path}", f"rm -r {path}")
+
+
+def describe(folder: StateFolder) -> Finding:
+    """Where a run that is on disk stands, and what can be done about it."""
+    name, note = folder.path.name, folder.carried
+    records, _ = read(folder.path / "journal")
+    step = max((record.fields["first"] + record.fields["count"] - 1 for record in records if record.kind == "train"), default=0)
+    try:
+        where = f"at step {step:,} of {folder.spec.steps:,}"
+    except (UserError, OSError) as error:
+        return Finding(f"{name}: can't be read: {error}", f"restore its spec.yaml, or give the run up: rm -r {folder.path}")
+    if folder.running:
+        return Finding(f"{name}: being trained by {folder.holder}, {where}")
+    if folder.resumable:
+        return Finding(f"{name}: interrupted {where}", f"fmnist run --resume {name}  (or give it up: rm -r {folder.path})")
+    trouble = f" ({note['error']})" if note.get("error") else ""
+    return Finding(f"{name}: ended, not all of it in MLflow{trouble}", "fmnist sync")

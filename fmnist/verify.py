@@ -1,0 +1,72 @@
+"""Training a recorded run again from its stored spec, to see whether the same comes out, bit for bit."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from fmnist import checkpoint, data, engine, environment, experiments
+from fmnist import spec as specs
+from fmnist.errors import StoreError
+from fmnist.journal import Recorded, Unequal, from_curves
+
+ARTIFACTS = ("spec.yaml", "curves.parquet", "checkpoint.pt", "environment.json")
+"""What is needed of a run."""
+
+
+@dataclass
+class Verification:
+    steps: int
+    evaluations: int = 0
+    weights: bool = False
+    """Whether the weights were compared too: only at the end of the run."""
+    unequal: list[Unequal] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    """What differs from where it was run."""
+
+
+def verify(folder: Path, root: Path, steps: int | None, say: Callable[[str], None]) -> Verification:
+    """Repeat a run, given the folder with its artifacts, up to `steps` or its end; raises UserError where they don't fit together."""
+    spec = experiments.parse((folder / "spec.yaml").read_text(encoding="utf-8"), "spec.yaml")
+    curves = pd.read_parquet(folder / "curves.parquet")
+    last = min(steps or spec.steps, int(curves["step"].max()))
+    recorded = Recorded(from_curves(spec, curves, last, 0))
+    device = engine.device(spec.compute)
+    dataset = data.load(spec.data, root, device, say)
+    trainer = engine.Engine(spec, dataset)
+    before = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    found = Verification(last, environment=environment.differences(before, environment.collect("", device)))
+    for segment in specs.plan(spec):
+        stop = min(segment.stop, last)
+        if stop > trainer.step:
+            found.unequal += recorded.unequal_steps(trainer.step + 1, vars(trainer.train(stop)))
+        if segment.evaluate and segment.stop <= last:
+            evaluation = trainer.evaluate(dataset.validation)
+            computed = {"val/loss": evaluation.loss, "val/accuracy": evaluation.accuracy}
+            found.unequal += recorded.unequal_values(stop, recorded.evaluations[stop], computed)
+            found.evaluations += 1
+    _compare_weights(found, folder, spec, trainer)
+    found.unequal.sort(key=lambda difference: difference.step)
+    return found
+
+
+def _compare_weights(found: Verification, folder: Path, spec: specs.ExperimentSpec, trainer: engine.Engine) -> None:
+    try:
+        state = checkpoint.load(folder / "checkpoint.pt", spec)
+    except ValueError as error:
+        raise StoreError(str(error)) from None
+    if state["step"] == trainer.step:
+        found.weights = True
+        now, then = trainer.parameters.cpu(), state["parameters"]
+        if not torch.equal(now, then):
+            row = int((now - then).abs().argmax())
+            found.unequal.append(Unequal(trainer.step, f"parameter {row}", float(then[row]), float(now[row])))
+
+
+def largest(unequal: list[Unequal]) -> Unequal:
+    """The difference of most weight; one to or from NaN counts most."""
+    return max(unequal, key=lambda difference: np.nan_to_num(abs(difference.computed - difference.recorded), nan=np.inf))
