@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fmnist.errors import StoreError
 from fmnist.journal import Record, StateFolder, carrier_lock, curves, in_words, is_locked, points, read, state_folders
 from fmnist.spec import redacted, store_name
 
@@ -89,6 +90,7 @@ def _serve(root: Path) -> None:
                     idle_since = time.monotonic()
             except Exception as error:  # an outage of any kind: the journal waits, training goes on
                 print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {folder.path.name}: {_report(folder, error)}", flush=True)
+                carriers.pop(folder.path, None)  # what it knows may be of a store that is no more
                 backoff = min(2 * backoff, MAX_BACKOFF_S)
                 idle_since = time.monotonic() if folder.running else idle_since
         time.sleep(backoff)
@@ -124,8 +126,9 @@ def sync(root: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
     if all(_settled(folder) for folder in state_folders(root)):
         return results
     lock = carrier_lock(root, store_name())
-    if is_locked(lock):  # it may be ended at any moment, and would idle on for a while
-        os.kill(int(lock.read_text()), signal.SIGTERM)
+    with contextlib.suppress(ValueError, ProcessLookupError):  # it may be ended at any moment, and would idle on for a while
+        if is_locked(lock):
+            os.kill(int(lock.read_text()), signal.SIGTERM)
     with _sole_carrier(root, wait=True):
         store = _connect(root)
         gc.freeze()
@@ -183,7 +186,8 @@ class Carrier:
         try:
             return self._carry()
         except Exception:
-            if self.run_id is None or not self.store.is_deleted(self.run_id):
+            replaced = self.store.stale or self.store.identity() != self.identity
+            if self.run_id is None or replaced or not self.store.is_deleted(self.run_id):
                 raise
             self._mark_closed("DELETED", "the run was deleted in MLflow")
             return True
@@ -251,10 +255,9 @@ class Carrier:
     def _close(self) -> None:
         records, readable = read(self.folder.path / "journal")
         end = next((record.fields for record in reversed(records) if record.kind in ("end", "resume")), {}) if self._ended else {}
-        status, reason = (
-            end.get("status", "KILLED"),
-            end.get("reason", "the process ended without a word (kill -9, out of memory or power loss)"),
-        )
+        if not end:
+            end = {"status": "KILLED", "reason": "the process ended without a word (kill -9, out of memory or power loss)"}
+        status, reason = end["status"], end["reason"]
         if readable < self.offset:
             status, reason = "FAILED", f"the journal is damaged at byte {readable:,} of the {self.offset:,} that were stored"
         status, reason = self._check_counts(records, status, reason)
@@ -297,6 +300,8 @@ class Carrier:
             self.store.log_points(self._run_id, (point for record in records for point in points(self.spec, record)))
             stored = self.store.count(self._run_id, expected)
         wrong = [f"{key} {stored[key]} of {expected[key]}" for key in expected if stored[key] != expected[key]]
+        if wrong and self.store.stale:
+            raise StoreError("the database was deleted or replaced meanwhile")
         if wrong and status == "FINISHED":
             return "FAILED", f"the store does not hold the points that were sent: {', '.join(wrong)}"
         return status, reason

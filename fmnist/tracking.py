@@ -14,7 +14,7 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -301,11 +301,10 @@ class Store:
             rows.append(row)
         return pd.DataFrame(rows, columns=None if rows else list(INFO))
 
-    def _pages(self, experiment_ids: list[str], query: str) -> Iterator[Any]:
+    def _pages(self, ids: list[str], query: str) -> Iterator[Any]:
         page: Any = None
         while page is None or page.token:
-            token, order = page and page.token, ["attributes.start_time"]
-            page = self.client.search_runs(experiment_ids, query, max_results=PAGE, order_by=order, page_token=token)
+            page = self.client.search_runs(ids, query, max_results=PAGE, order_by=["attributes.start_time"], page_token=page and page.token)
             yield from page
 
     def curves(self, run_id: str) -> "pd.DataFrame":
@@ -316,16 +315,17 @@ class Store:
             self.artifacts(run_id, ["curves.parquet"], Path(folder))
             return pd.read_parquet(Path(folder) / "curves.parquet")
 
-    def artifacts(self, run_id: str, names: Sequence[str], folder: Path) -> None:
+    def artifacts(self, run_id: str, names: Iterable[str], folder: Path) -> None:
         """Copy artifacts of a run, and its manifest, below `folder`; raises StoreError, and copies none, where one is not as recorded."""
         with _told(f"run {run_id}: its artifacts can't be read", "see that the store is there"), tempfile.TemporaryDirectory() as scratch:
             digests = {"manifest.json": self.client.get_run(run_id).data.tags.get("manifest_sha256")}
             for name in ("manifest.json", *names):
-                data = self.download(run_id, name, Path(scratch)).read_bytes()
-                if hashlib.sha256(data).hexdigest() != digests.get(name):
+                path = self.download(run_id, name, Path(scratch))
+                if hashlib.sha256(data := path.read_bytes()).hexdigest() != digests.get(name) or {"/", ".."} & {*Path(name).parts}:
                     raise StoreError(f"run {run_id}: {name} is not as it was recorded, and not usable; restore it or train again")
                 digests = json.loads(data) | digests if name == "manifest.json" else digests
-            shutil.copytree(scratch, folder, dirs_exist_ok=True)
+                os.renames(path, Path(scratch, "verified", name))
+            shutil.copytree(Path(scratch, "verified"), folder, dirs_exist_ok=True)
 
     def download(self, run_id: str, artifact: str, folder: Path) -> Path:
         """Copy one artifact of a run below `folder`; raises StoreError where it can't be had."""

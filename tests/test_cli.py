@@ -19,7 +19,7 @@ from fmnist import spec as specs
 
 PACKAGE = Path(specs.__file__).parent
 NAMES = experiments.names(PACKAGE.parent)
-COMMANDS = ["run", "show", "list", "data", "sync", "report", "ui"]
+COMMANDS = ["run", "extend", "verify", "show", "list", "doctor", "data", "sync", "report", "ui"]
 PLAN = {
     "training_images": 60_000,
     "validation_images": 10_000,
@@ -185,7 +185,7 @@ def test_show_imports_neither_torch_nor_mlflow() -> None:
 
 def test_importing_prints_nothing_and_only_what_trains_imports_torch() -> None:
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
-    trains = {"checkpoint", "data", "engine", "model", "optim", "runner"}
+    trains = {"checkpoint", "data", "doctor", "engine", "environment", "model", "optim", "runner", "verify"}
     assert trains < modules
     lines = [f"import fmnist.{name}" for name in sorted(modules - trains)]
     result = printed_by("\n".join([*lines, "import sys", "assert not {'torch', 'mlflow'} & set(sys.modules), 'imported'"]))

@@ -24,7 +24,7 @@ ALLOWED = {
     "tracking": {"spec", "journal", "errors"},
     "plots": set(),
     "report": {"plots", "tracking", "errors"},
-    "sidecar": {"checkpoint", "data", "model", "journal", "plots", "spec", "tracking"},
+    "sidecar": {"checkpoint", "data", "model", "journal", "plots", "spec", "errors", "tracking"},
     "doctor": {"data", "journal", "spec", "errors", "tracking"},
     "cli": {"spec", "experiments", "errors", "data", "journal", "runner", "verify", "tracking", "report", "sidecar", "doctor"},
 }

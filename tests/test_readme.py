@@ -48,7 +48,7 @@ def test_ten_lines_add_a_model_that_trains_and_is_recorded(home: Path, tmp_path:
     command = [sys.executable, "-m", "fmnist", "run", "baseline", *(f"--set={setting}" for setting in settings)]
     result = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(copy)}, cwd=copy, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert float(re.search(r"validation accuracy (0\.\d+)", result.stdout)[1]) > 0.6
+    assert float(re.search(r"Validation accuracy (0\.\d+)", result.stdout)[1]) > 0.6
     assert "run " in result.stdout
     shown = subprocess.run(
         [*command[:3], "show", *command[4:]], env={**os.environ, "PYTHONPATH": str(copy)}, cwd=copy, capture_output=True, text=True

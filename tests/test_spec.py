@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import schema as editors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
@@ -93,14 +94,14 @@ def test_shipped_experiment_loads_fits_the_schema_and_asks_a_question(name: str)
 
 
 def test_committed_schema_is_the_current_one() -> None:
-    assert json.loads((EXPERIMENTS / "schema.json").read_text(encoding="utf-8")) == schema.file_schema(), "run tools/schema.py"
+    assert json.loads((EXPERIMENTS / "schema.json").read_text(encoding="utf-8")) == editors.file_schema(), "run tools/schema.py"
 
 
 @pytest.mark.parametrize(
     "text", ["trian: {}", "train: {epoch: 3}", "train: {epochs: true}", "optimizer: {type: adma}", "train: {early_stopping: {patienc: 3}}"]
 )
 def test_schema_refuses_what_loading_refuses(home: Path, text: str) -> None:
-    assert list(jsonschema.Draft202012Validator(schema.file_schema()).iter_errors(YAML(typ="safe").load(text)))
+    assert list(jsonschema.Draft202012Validator(editors.file_schema()).iter_errors(YAML(typ="safe").load(text)))
     refusal(home, text)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import sqlite3
 import subprocess
 import sys
@@ -41,6 +42,8 @@ def test_two_first_runs_at_once_share_one_store(home: Path) -> None:
 
 def test_run_on_a_server(fmnist: Fmnist, home: Path, tmp_path: Path) -> None:
     uri = f"http://127.0.0.1:{(port := free_port())}"
+    password = secrets.token_hex(8)
+    with_password = uri.replace("//", f"//someone:{password}@")
     command = [
         "mlflow",
         "server",
@@ -56,16 +59,24 @@ def test_run_on_a_server(fmnist: Fmnist, home: Path, tmp_path: Path) -> None:
         )
     try:
         wait_for(lambda: answers(uri))
-        result = fmnist(*SMALL, "--json", MLFLOW_TRACKING_URI=uri)
+        result = fmnist(*SMALL, "--json", MLFLOW_TRACKING_URI=with_password)
         outcome = json.loads(result.stdout)
         assert (outcome["status"], outcome["unsynced"]) == ("FINISHED", None), result.stderr
         assert outcome["link"].startswith(f"{uri}/#/experiments/")
         assert not tracking.database(home).exists()
         report = json.loads(fmnist("report", "--json", MLFLOW_TRACKING_URI=uri).stdout)
         assert [row["last val acc"] for row in report["runs"]] == [f"{outcome['metrics']['last/val_accuracy']:.4f}"]
+        assert fmnist(*SMALL, "--no-sync", MLFLOW_TRACKING_URI=with_password).returncode == 0
     finally:
         server.terminate()
         server.wait()
+    said = fmnist("sync", MLFLOW_TRACKING_URI=with_password)  # the server is gone: every error may name its address
+    assert said.returncode != 0
+    written = [path for folder in (home / "mlruns", tmp_path / "kept") for path in folder.rglob("*") if path.is_file()]
+    texts = [path.read_bytes() for path in [*written, tmp_path / "server.db"]]
+    texts += [text.encode() for text in (result.stdout, result.stderr, said.stdout, said.stderr)]
+    assert len(texts) > 10
+    assert not [text for text in texts if password.encode() in text]
 
 
 def answers(uri: str) -> bool:
