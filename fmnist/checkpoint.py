@@ -22,15 +22,24 @@ def save(folder: Path, spec: specs.ExperimentSpec, state: dict[str, Any]) -> Non
     """
     content = io.BytesIO()
     torch.save({"fingerprint": spec.fingerprint, "spec": spec.flat(), **state}, content)
-    partial = folder / f"{NEWEST}.partial"
-    with open(partial, "wb") as file:
-        file.write(content.getbuffer())
-        file.write(hashlib.sha256(content.getbuffer()).digest())
-        file.flush()
-        os.fsync(file.fileno())
-    if (folder / NEWEST).exists():
-        (folder / NEWEST).replace(folder / PREVIOUS)
-    partial.replace(folder / NEWEST)
+    content.write(hashlib.sha256(content.getbuffer()).digest())
+    write(folder / NEWEST, content, folder / PREVIOUS)
+
+
+def write(path: Path, content: io.BytesIO, previous: Path | None = None) -> None:
+    """Replace a file, whole or not at all, also where the power fails; what was there goes to `previous`."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:  # the disk is full: what is half written takes the room that the journal needs to say so
+        partial.unlink(missing_ok=True)
+        raise
+    if previous and path.exists():
+        path.replace(previous)
+    partial.replace(path)
 
 
 def load(path: Path, spec: specs.ExperimentSpec) -> dict[str, Any]:
@@ -41,9 +50,9 @@ def load(path: Path, spec: specs.ExperimentSpec) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: its checksum does not fit")
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises many kinds; this is a whole file that `save` did not write
-        raise ValueError(f"{path} is no checkpoint of this program: {str(error).splitlines()[0]}") from None
-    flat = state.pop("spec")
-    if state.pop("fingerprint") != spec.fingerprint:
+        flat, fingerprint = state.pop("spec"), state.pop("fingerprint")
+    except Exception as error:  # of many kinds: this is a whole file that `save` did not write
+        raise ValueError(f"{path} is no checkpoint of this program: {' '.join(repr(error).split())[:200]}") from None
+    if fingerprint != spec.fingerprint:
         raise StoreError(f"{path} belongs to another spec: {spec.differences(flat)}")
     return state

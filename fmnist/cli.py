@@ -108,7 +108,10 @@ def extend(
     """Train a finished run on, as a new run that begins with its steps."""
     from fmnist import runner
 
-    with _recorded(run, "FINISHED", runner.ARTIFACTS) as (found, folder), _display(f"{found['name']} epochs={epochs}", None, as_json) as watch:
+    with (
+        _recorded(run, "FINISHED", runner.ARTIFACTS) as (found, folder),
+        _display(f"{found['name']} epochs={epochs}", None, as_json) as watch,
+    ):
         context = runner.Context(specs.home(), not no_sync, _tell, watch)
         outcome = runner.extend(folder, found["run_id"], found["name"], epochs, context)
     _summarise(outcome, as_json)

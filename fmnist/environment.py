@@ -1,6 +1,7 @@
 """Where a run was computed: what could make the same spec give other numbers elsewhere."""
 
 import contextlib
+import hashlib
 import importlib.metadata
 import platform
 import subprocess
@@ -16,16 +17,17 @@ BITS = ("device", "threads", "processor", "torch")
 """On another of these, the same arithmetic may round otherwise."""
 
 
+def facts(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what `collect` found, what may matter for a result."""
+    packages, diff = environment.get("packages", {}), environment.get("git_diff")
+    plain = ("device", "threads", "processor", "platform", "python", "fmnist", "git_commit", "data_digest")
+    found = {key: environment.get(key) for key in plain} | {key: packages.get(key) for key in ("torch", "numpy", "scikit-learn")}
+    return {**found, "git_diff": diff and hashlib.sha256(diff.encode()).hexdigest()[:8]}
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """What differs between two environments, as 'before -> now', of what may matter for a result."""
-
-    def facts(environment: Mapping[str, Any]) -> dict[str, Any]:
-        packages = environment.get("packages", {})
-        plain = ("device", "threads", "processor", "platform", "python", "fmnist", "git_commit", "git_diff", "data_digest")
-        return {key: environment.get(key) for key in plain} | {key: packages.get(key) for key in ("torch", "numpy", "scikit-learn")}
-
-    there, here = facts(before), facts(now)
-    return {key: "changed" if key == "git_diff" else f"{there[key]} -> {here[key]}" for key in here if there[key] != here[key]}
+    """What differs between the facts of two environments, as 'before -> now'."""
+    return {key: f"{before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value}
 
 
 def collect(command: str, device: torch.device) -> dict[str, Any]:

@@ -115,13 +115,13 @@ class Recorded:
         return len(self.arrays["loss"])
 
     def unequal_steps(self, first: int, arrays: dict[str, np.ndarray]) -> list[Unequal]:
-        """Where the steps from `first` on differ from those on record."""
+        """Where the steps from `first` on differ from those on record; NaN equals NaN."""
         found = []
         for name, dtype in ARRAYS.items():
             recorded = self.arrays[name][first - 1 : first - 1 + len(arrays[name])]
             computed = arrays[name][: len(recorded)].astype(dtype)
-            bits = f"i{dtype.itemsize}"
-            rows = np.flatnonzero(recorded.view(bits) != computed.view(bits))
+            bits, no_number = f"i{dtype.itemsize}", np.isnan(recorded) & np.isnan(computed)
+            rows = np.flatnonzero((recorded.view(bits) != computed.view(bits)) & ~no_number)
             found += [Unequal(first + int(row), f"train/{name}", float(recorded[row]), float(computed[row])) for row in rows]
         return found
 
@@ -402,7 +402,7 @@ def from_curves(spec: specs.ExperimentSpec, frame: "pd.DataFrame", last: int, en
             arrays = {name: steps[f"train/{name}"].to_numpy(dtype) for name, dtype in ARRAYS.items()}
             fields = {"first": start + 1, "count": stop - start, "t0": int(times[start]), "t1": int(times[stop])}
             records.append(Record("train", {**fields, "elapsed_s": float(elapsed_s[stop])}, arrays))
-        if segment.evaluate and segment.stop <= last:
+        if segment.evaluate and segment.stop <= last and not np.isnan(rows["val/accuracy"][stop]):
             measured: dict[str, Any] = {key: float(rows[key][stop]) for key in ("val/loss", "val/accuracy", "train/lr")}
             measured |= {"epoch": stop / spec.steps_per_epoch, **({} if stop else {"train/lr": None})}
             records.append(Record("evaluation", {"t": int(times[stop]), "step": stop, **measured}))
@@ -425,12 +425,24 @@ class StateFolder:
     def spec(self) -> specs.ExperimentSpec:
         """The run's spec; raises UserError where the file no longer holds it."""
         path = self.path / "spec.yaml"
-        spec = experiments.parse(path.read_text(encoding="utf-8"), str(path))
-        if spec.fingerprint != self.run["fingerprint"]:
-            raise StoreError(
-                f"{path} was changed: it gives the fingerprint {spec.fingerprint[:8]}, the run has {self.run['fingerprint'][:8]}"
-            )
+        spec = experiments.parse(self._text("spec.yaml"), str(path))
+        if spec.fingerprint != (fingerprint := self.run.get("fingerprint", spec.fingerprint)):
+            raise StoreError(f"{path} was changed: it gives the fingerprint {spec.fingerprint[:8]}, the run has {fingerprint[:8]}")
         return spec
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Where the run began; raises StoreError where the file no longer tells."""
+        try:
+            return dict(json.loads(self._text("environment.json")))
+        except ValueError:
+            raise StoreError(f"{self.path / 'environment.json'} is damaged; give the run up with --fresh") from None
+
+    def _text(self, name: str) -> str:
+        try:
+            return (self.path / name).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{self.path / name} can't be read: {error}; give the run up with --fresh") from None
 
     @property
     def resumable(self) -> bool:
@@ -486,7 +498,7 @@ class StateFolder:
 def find(root: Path, text: str) -> StateFolder:
     """The run in mlruns/state/ whose key or MLflow id begins like this; raises StoreError where that isn't one."""
     folders = state_folders(root)
-    found = [folder for folder in folders if any(str(name).startswith(text) for name in (folder.path.name, folder.carried.get("run_id")))]
+    found = [folder for folder in folders if folder.path.name.startswith(text) or (folder.carried.get("run_id") or "").startswith(text)]
     if len(found) != 1:
         known = ", ".join(folder.path.name for folder in found or folders) or "none"
         raise StoreError(f"{text!r} fits {len(found)} of the runs that are on disk; there are: {known}")

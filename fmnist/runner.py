@@ -4,7 +4,7 @@ Nothing here computes and nothing here knows MLflow: the journal is carried ther
 """
 
 import contextlib
-import json
+import io
 import re
 import signal
 import subprocess
@@ -24,7 +24,7 @@ from fmnist import checkpoint, data, environment, experiments
 from fmnist import engine as engines
 from fmnist import spec as specs
 from fmnist.errors import Diverged, FmnistError, Interrupted, SpecError, StoreError
-from fmnist.journal import Journal, StateFolder, carrier_lock, from_curves, is_locked, now_ms, start_carrier, state_folders
+from fmnist.journal import Journal, StateFolder, carrier_lock, from_curves, is_locked, now_ms, read, start_carrier, state_folders
 
 COLLAPSED_LOSS, COLLAPSED_ACCURACY = 2.29, 0.12
 """Chance level over ten classes is ln 10 = 2.303 and 0.1."""
@@ -105,7 +105,7 @@ def run(resolved: experiments.Resolved, context: Context, fresh: bool = False, r
         raise SpecError(f"{resume.path.name} can't be continued with another spec: {differences}")
 
     def begin(engine: engines.Engine, now: dict[str, Any]) -> tuple[Journal, dict[str, Any] | None]:
-        same = [folder for folder in state_folders(context.root) if folder.run["fingerprint"] == spec.fingerprint]
+        same = [folder for folder in state_folders(context.root) if folder.run.get("fingerprint") == spec.fingerprint]
         here = [folder for folder in same if context.store is None or folder.run["store"] in (None, context.store)]
         interrupted = [folder for folder in here if folder.resumable]
         if resume or (interrupted and not fresh):
@@ -126,27 +126,33 @@ def extend(origin: Path, run_id: str, name: str, epochs: int, context: Context) 
     Raises UserError where a run of that length would not have begun like this one.
     """
     before = experiments.parse((origin / "spec.yaml").read_text(encoding="utf-8"), f"run {run_id}: spec.yaml")
-    spec = before.model_copy(update={"train": before.train.model_copy(update={"epochs": epochs})})
     refuse = f"run {run_id} can't be extended to {epochs} epochs: "
+    if epochs <= before.train.epochs:
+        raise SpecError(f"{refuse}it has {before.train.epochs} already; give more")
+    longer = before.model_copy(update={"train": before.train.model_copy(update={"epochs": epochs})})
+    spec = experiments.parse(experiments.dump(longer), "--epochs")
     if not isinstance(spec.schedule, specs.Constant | specs.Step):
         raise SpecError(
             f"{refuse}its schedule ({spec.schedule.type}) sets every learning rate by the run's length, so the longer run differs from the first"
             f" step on; train it from the start: --set train.epochs={epochs}"
         )
-    if epochs <= before.train.epochs:
-        raise SpecError(f"{refuse}it has {before.train.epochs} already; give more")
     try:
         state = checkpoint.load(origin / checkpoint.NEWEST, before)
     except ValueError as error:
         raise StoreError(f"{refuse}{error}") from None
     if spec.train.early_stopping and (state["step"] != before.steps or before.steps % spec.train.eval_every):
         raise SpecError(f"{refuse}early stopping ended it, or looked at its last step, where the longer run would not have looked")
+    if state["step"] != before.steps:
+        raise SpecError(f"{refuse}it ended at step {state['step']:,} of {before.steps:,}")
 
     def begin(engine: engines.Engine, now: dict[str, Any]) -> tuple[Journal, dict[str, Any]]:
         import pandas as pd
 
         records = from_curves(spec, pd.read_parquet(origin / "curves.parquet"), before.steps, now_ms())
-        journal = Journal.create(context.root, spec, f"{re.sub(' epochs=[0-9]+', '', name)} epochs={epochs}", now, context.store, run_id, records)
+        journal = Journal.create(
+            context.root, spec, f"{re.sub(' epochs=[0-9]+', '', name)} epochs={epochs}", now, context.store, run_id, records
+        )
+        journal.flush()
         checkpoint.save(journal.folder, spec, state)
         context.say(f"extending run {run_id} from step {before.steps:,} to {spec.steps:,}")
         return journal, state
@@ -194,29 +200,40 @@ def _continue(folder: StateFolder, engine: engines.Engine, now: dict[str, Any], 
         raise StoreError(
             f"{folder.path.name} is for {folder.run['store']}: set or unset MLFLOW_TRACKING_URI accordingly, or give --no-sync"
         )
-    changed = environment.differences(json.loads((folder.path / "environment.json").read_text(encoding="utf-8")), now)
-    other = [f"{key} {changed[key]}" for key in environment.BITS if key in changed]
+    here, resumed = environment.facts(now), [record for record in read(folder.path / "journal")[0] if record.kind == "resume"]
+    places = [environment.facts(folder.environment), *(record.fields["environment"] for record in resumed)]
+    changed = [environment.differences(place, here) for place in places]
+    other = sorted({f"{key} {change[key]}" for change in changed for key in environment.BITS if key in change})
     journal = Journal.resume(folder, exact=not other)
-    if context.store is not None:
-        folder.assign(context.store)
-    state = None
+    try:
+        state = _newest_checkpoint(folder, journal, engine.spec, context.say)
+        if context.store is not None:
+            folder.assign(context.store)
+        step = state["step"] if state else 0
+        context.say(f"continuing {folder.path.name} at step {step:,} of {engine.spec.steps:,} (--fresh would start anew)")
+        if other:
+            context.say(f"it began elsewhere, so what is computed from here on may differ in its last bits: {', '.join(other)}")
+        journal.event("resume", step=step, environment=here)
+    except BaseException:
+        journal.release()
+        raise
+    return journal, state
+
+
+def _newest_checkpoint(
+    folder: StateFolder, journal: Journal, spec: specs.ExperimentSpec, say: Callable[[str], None]
+) -> dict[str, Any] | None:
     for path in (folder.path / checkpoint.NEWEST, folder.path / checkpoint.PREVIOUS):
         try:
-            state = checkpoint.load(path, engine.spec)
+            state = checkpoint.load(path, spec)
             if state["step"] <= journal.recorded.last:
-                break
-            context.say(f"{path} is of step {state['step']:,}; the journal is whole up to step {journal.recorded.last:,}")
+                return state
+            say(f"{path} is of step {state['step']:,}; the journal is whole up to step {journal.recorded.last:,}")
         except FileNotFoundError:
             continue
         except ValueError as error:
-            context.say(f"{error}")
-        state = None
-    step = state["step"] if state else 0
-    context.say(f"continuing {folder.path.name} at step {step:,} of {engine.spec.steps:,} (--fresh would start anew)")
-    if other:
-        context.say(f"it began elsewhere, so what is computed from here on may differ in its last bits: {', '.join(other)}")
-    journal.event("resume", step=step, changed=changed)
-    return journal, state
+            say(f"{error}; what there is before it is taken")
+    return None
 
 
 def _give_up(folder: StateFolder, say: Callable[[str], None]) -> None:
@@ -394,14 +411,14 @@ class Training:
         arrays = {f"{split}_index": images.index for split, (images, _) in predictions.items()}
         arrays |= {f"{split}_labels": images.labels.cpu().numpy() for split, (images, _) in predictions.items()}
         arrays |= {f"{split}_logits": evaluation.logits for split, (_, evaluation) in predictions.items()}
-        partial = self.journal.folder / ".predictions.npz"
-        np.savez(partial, allow_pickle=False, **arrays)
-        partial.replace(self.journal.folder / "predictions.npz")
+        content = io.BytesIO()
+        np.savez(content, allow_pickle=False, **arrays)
+        checkpoint.write(self.journal.folder / "predictions.npz", content)
         self.outcome.recording_s = self.recording_s
         told = {name: getattr(self.outcome, name) for name in ("weights", "collapsed_at", "stopped_early_at", "training_s", "recording_s")}
         self.journal.final(metrics, **told)
-        self.journal.event("end", status="FINISHED", reason=None, resumable=False)
         self.journal.flush()
+        self.journal.event("end", status="FINISHED", reason=None, resumable=False)
         self.outcome.status = "FINISHED"
 
 

@@ -167,7 +167,7 @@ class Carrier:
     def __init__(self, folder: StateFolder, store: "Store") -> None:
         self.folder, self.store = folder, store
         self.spec: ExperimentSpec = folder.spec
-        self.environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
+        self.environment = folder.environment
         self.identity = store.identity()
         note = folder.carried
         if note.get("store", self.identity) != self.identity:
@@ -242,7 +242,7 @@ class Carrier:
             "torch": environment["packages"]["torch"],
             "mlflow.note.content": spec.question,
         }
-        if run["extends"]:
+        if run.get("extends"):
             tags["extends"] = run["extends"]
         if environment["git_commit"]:
             tags["mlflow.source.git.commit"] = environment["git_commit"]

@@ -85,8 +85,7 @@ def _told(problem: str, remedy: str) -> Iterator[None]:
     except StoreError:
         raise
     except Exception as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        cause = lines[-1] if lines[0].endswith(":") else lines[0]  # MLflow may begin with a heading
+        [cause, *_] = str(error).splitlines() or [type(error).__name__]
         raise StoreError(f"{problem}: {specs.redacted(cause)[:300]}; {remedy}") from None
 
 
@@ -115,7 +114,8 @@ def _prepare(root: Path) -> None:
                 left.rename(f"{left}.old")
             partial.rename(path)
         with _sqlite(path) as connection:
-            connection.execute("BEGIN IMMEDIATE")  # fails where nothing can be written
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("DELETE FROM alembic_version WHERE 0")  # fails where nothing can be written, which BEGIN doesn't
             _check_schema(path, *connection.execute("SELECT max(version_num) FROM alembic_version").fetchone())
             _relocate(connection, artifacts)
             connection.execute("COMMIT")

@@ -39,32 +39,33 @@ def verify(folder: Path, root: Path, steps: int | None, say: Callable[[str], Non
     dataset = data.load(spec.data, root, device, say)
     trainer = engine.Engine(spec, dataset)
     before = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    found = Verification(last, environment=environment.differences(before, environment.collect("", device)))
+    now = environment.facts(environment.collect("", device))
+    found = Verification(last, environment=environment.differences(environment.facts(before), now))
+    weights = _weights(folder, spec)
     for segment in specs.plan(spec):
         stop = min(segment.stop, last)
         if stop > trainer.step:
             found.unequal += recorded.unequal_steps(trainer.step + 1, vars(trainer.train(stop)))
-        if segment.evaluate and segment.stop <= last:
+        if segment.evaluate and segment.stop <= last and (evaluated := recorded.evaluations.get(stop)):
             evaluation = trainer.evaluate(dataset.validation)
             computed = {"val/loss": evaluation.loss, "val/accuracy": evaluation.accuracy}
-            found.unequal += recorded.unequal_values(stop, recorded.evaluations[stop], computed)
+            found.unequal += recorded.unequal_values(stop, evaluated, computed)
             found.evaluations += 1
-    _compare_weights(found, folder, spec, trainer)
+        if (then := weights.pop(stop, None)) is not None and not torch.equal(weight := trainer.parameters.cpu(), then):
+            row = int((weight - then).abs().argmax())
+            found.unequal.append(Unequal(stop, f"parameter {row}", float(then[row]), float(weight[row])))
+    found.weights = not weights
     found.unequal.sort(key=lambda difference: difference.step)
     return found
 
 
-def _compare_weights(found: Verification, folder: Path, spec: specs.ExperimentSpec, trainer: engine.Engine) -> None:
+def _weights(folder: Path, spec: specs.ExperimentSpec) -> dict[int, torch.Tensor]:
+    """The weights that a run left: the last ones and, with early stopping, the best ones, each by its step."""
     try:
         state = checkpoint.load(folder / "checkpoint.pt", spec)
     except ValueError as error:
         raise StoreError(str(error)) from None
-    if state["step"] == trainer.step:
-        found.weights = True
-        now, then = trainer.parameters.cpu(), state["parameters"]
-        if not torch.equal(now, then):
-            row = int((now - then).abs().argmax())
-            found.unequal.append(Unequal(trainer.step, f"parameter {row}", float(then[row]), float(now[row])))
+    return {kept["step"]: kept["parameters"] for kept in (state["best"], state) if kept}
 
 
 def largest(unequal: list[Unequal]) -> Unequal:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -97,11 +98,10 @@ def test_a_folder_is_whole_and_locked_until_release(store: str | None, tmp_path:
     assert not found.running
 
 
-def test_a_folder_that_cant_be_made_whole_is_never_seen(tmp_path: Path) -> None:
+def test_a_folder_that_cant_be_made_whole_is_never_seen_nor_left_behind(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         Journal.create(tmp_path, SPEC, "small", {"not": {"for", "JSON"}}, "local")
-    assert journal.state_folders(tmp_path) == []
-    assert list(journal.state_folder(tmp_path).glob("[!.]*")) == []
+    assert list(journal.state_folder(tmp_path).iterdir()) == []
 
 
 def test_a_root_that_cant_be_written_is_an_os_error(tmp_path: Path) -> None:
@@ -134,9 +134,8 @@ def test_a_killed_trainer_holds_its_lock_no_longer(tmp_path: Path) -> None:
 
 
 def test_runs_of_one_spec_within_a_second_have_keys_of_their_own(tmp_path: Path) -> None:
-    began = time.monotonic()
     keys = [start(tmp_path).folder.name for _ in range(5)]
-    assert time.monotonic() - began < 1, "this proves nothing"
+    assert len({key[: -len("123456")] for key in keys}) < 5, "no two of them fell into one second, so this proves nothing"
     assert keys == sorted(set(keys))
     assert [folder.path.name for folder in journal.state_folders(tmp_path)] == keys
 
@@ -154,11 +153,11 @@ def test_a_run_that_extends_another_begins_with_its_records(tmp_path: Path) -> N
     assert text(record) == text(Record("train", {"first": 6, "count": 2, "t0": 4_000, "t1": 5_000, "elapsed_s": 1.0}, values(2, 6)))
 
 
-def test_a_folder_is_seen_only_once_it_holds_all_it_begins_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cant_hold_all_it_begins_with_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "write", fill_disk_after(1))
     with pytest.raises(OSError, match="No space"):
         Journal.create(tmp_path, SPEC, "longer", ENVIRONMENT, None, "abc", [evaluation(0), evaluation(5)])
-    assert journal.state_folders(tmp_path) == []
+    assert list(journal.state_folder(tmp_path).iterdir()) == []
 
 
 def test_state_folders_are_listed_oldest_first_without_strays(tmp_path: Path) -> None:
@@ -399,22 +398,13 @@ def test_a_run_that_another_process_trains_is_not_continued(tmp_path: Path) -> N
 
 
 def test_who_looks_whether_a_run_is_going_on_keeps_nobody_from_continuing_it(tmp_path: Path) -> None:
-    folder, stop = interrupted(tmp_path), threading.Event()
-
-    def look() -> None:
-        while not stop.is_set():
-            assert folder.running in (True, False)
-
-    lookers = [threading.Thread(target=look) for _ in range(3)]
-    for looker in lookers:
-        looker.start()
-    try:
-        for _ in range(100):
-            Journal.resume(folder).release()
-    finally:
-        stop.set()
-        for looker in lookers:
-            looker.join()
+    folder = interrupted(tmp_path)
+    with open(folder.path / "lock") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        looked = threading.Timer(0.05, fcntl.flock, (looking, fcntl.LOCK_UN))
+        looked.start()
+        Journal.resume(folder).release()
+        looked.join()
 
 
 def test_the_holder_that_has_not_written_its_name_yet_is_another_process(tmp_path: Path) -> None:
@@ -467,7 +457,7 @@ def flip(array: np.ndarray, row: int) -> None:
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-@pytest.mark.parametrize("step", [6, 7, 10])
+@pytest.mark.parametrize("step", [6, 7, 9])
 def test_a_step_that_differs_by_one_bit_is_irreproducible(name: str, step: int, tmp_path: Path) -> None:
     folder = interrupted(tmp_path)
     before, computed = content(folder), values(5, 6)
@@ -492,7 +482,9 @@ def test_a_step_whose_loss_is_not_a_number_is_what_it_was(tmp_path: Path) -> Non
     with resumed(interrupted(tmp_path)) as written:
         assert np.isnan(written.recorded.arrays["loss"][[4, 9]]).all()
         written.train(1, {name: array[:5] for name, array in written.recorded.arrays.items()}, 0, 1, 0.5)
-        number = values(5)
+        other, number = values(5), values(5)
+        other["loss"].view(np.uint32)[4] ^= 1 << 31
+        written.train(1, other, 0, 1, 0.5)
         number["loss"][4] = 1.0
         with pytest.raises(Irreproducible, match=r"step 5: train/loss was nan and is 1\.0 now"):
             written.train(1, number, 0, 1, 0.5)
@@ -565,7 +557,7 @@ def ending(**fields: Any) -> Callable[[StateFolder], None]:
 
 
 def end_then_resume(folder: StateFolder) -> None:
-    ending(status="KILLED", resumable=True)(folder)
+    ending(status="FAILED", resumable=False)(folder)
     with resumed(folder) as written:
         written.event("resume", step=10, changed={})
 
@@ -593,7 +585,7 @@ def carry_and_damage(folder: StateFolder) -> None:
         pytest.param(True, lambda folder: carry(folder, closed="KILLED"), id="closed as killed"),
         pytest.param(True, ending(status="KILLED", resumable=True), id="Ctrl-C"),
         pytest.param(True, ending(status="FAILED", resumable=True), id="disk full"),
-        pytest.param(True, end_then_resume, id="killed after it was continued"),
+        pytest.param(True, end_then_resume, id="killed after it was continued in spite of its end"),
         pytest.param(False, ending(status="FAILED", resumable=False), id="diverged"),
         pytest.param(False, ending(status="KILLED", resumable=False), id="given up"),
         pytest.param(False, ending(status="FINISHED", resumable=False), id="finished"),
@@ -658,7 +650,6 @@ def test_a_run_that_fits_not_or_not_alone_is_refused_naming_what_there_is(tmp_pa
     assert journal.find(tmp_path, keys[1]).path.name == keys[1]
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: a missing id is looked at as the text 'None'")
 @pytest.mark.parametrize("name", ["None", "N"])
 def test_a_run_that_has_no_id_is_not_found_by_one(name: str, tmp_path: Path) -> None:
     start(tmp_path)

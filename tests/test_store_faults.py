@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
-from conftest import SMALL, command, make_home, stop_sidecar
+from conftest import SMALL, command, free_port, make_home, stop_sidecar
 
 from fmnist import experiments, tracking
 from fmnist.errors import StoreError
@@ -155,6 +155,14 @@ def test_opening_what_was_not_moved_writes_nothing(recorded: Recorded, place: Pa
         assert connection.execute("PRAGMA data_version").fetchall() == version
 
 
+def test_a_store_that_lost_its_default_experiment_can_be_moved(recorded: Recorded, tmp_path: Path) -> None:
+    here = recorded.copy(tmp_path / "with a space")
+    with sqlite(here) as connection:
+        connection.execute("DELETE FROM experiments WHERE experiment_id = 0")  # as `mlflow gc` does
+    tracking.connect(here).artifacts(recorded.run_id, ["spec.yaml"], tmp_path / "got")
+    assert sum(location.startswith(here.as_uri()) for location in locations(here)) == 3
+
+
 def test_report_of_a_moved_folder(recorded: Recorded, place: Path) -> None:
     result = command(place, "report", "--json")
     assert result.returncode == 0, result.stderr
@@ -253,7 +261,7 @@ def test_commands_tell_it_in_one_line(fault: str, place: Path) -> None:
     FAULTS[fault][0](tracking.database(place))
     processes = [
         subprocess.Popen([sys.executable, "-m", "fmnist", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for arguments in (["report"], ["ui", "--port", "5997"])
+        for arguments in (["report"], ["ui", "--port", str(free_port())])
     ]
     for process in processes:
         output, errors = process.communicate(timeout=100)
@@ -285,11 +293,21 @@ for home in map(Path, sys.argv[1:]):
 def test_a_store_that_may_not_be_written_is_told_in_one_line(recorded: Recorded) -> None:
     parent = Path(tempfile.mkdtemp(prefix="fmnist-readonly-"))  # pytest's own folders are closed to other users
     parent.chmod(0o755)
+    used: list[sqlite3.Connection] = []
+
+    def use_and_close(mlruns: Path) -> None:
+        used.append(sqlite3.connect(mlruns / "mlflow.db"))
+        used[0].execute(NEWEST).fetchall()
+        for suffix in ("-wal", "-shm"):
+            (mlruns / f"mlflow.db{suffix}").chmod(0o666)
+        (mlruns / "mlflow.db").chmod(0o444)
+
     closed: dict[str, Callable[[Path], object]] = {
         "open": lambda mlruns: None,
         "folder": lambda mlruns: ((mlruns / ".lock").unlink(), mlruns.chmod(0o555)),
         "folder-with-lock": lambda mlruns: mlruns.chmod(0o555),
         "database": lambda mlruns: (mlruns / "mlflow.db").chmod(0o444),
+        "database-in-use": use_and_close,
         "unreadable": lambda mlruns: (mlruns / "mlflow.db").chmod(0o000),
         "beside": lambda mlruns: ((mlruns / "mlflow.db-wal").touch(mode=0o444), (mlruns / "mlflow.db-shm").touch(mode=0o444)),
         "closed": lambda mlruns: mlruns.chmod(0o000),
@@ -297,6 +315,8 @@ def test_a_store_that_may_not_be_written_is_told_in_one_line(recorded: Recorded)
     try:
         for name, close in closed.items():
             mlruns = recorded.copy(parent / name) / "mlruns"
+            with sqlite(parent / name) as connection:
+                tracking._relocate(connection, mlruns / "artifacts")  # else every one of them would have to be written to
             for suffix in ("-wal", "-shm"):
                 Path(f"{mlruns}/mlflow.db{suffix}").unlink(missing_ok=True)
             for path in [mlruns, *mlruns.rglob("*")]:
@@ -310,6 +330,7 @@ def test_a_store_that_may_not_be_written_is_told_in_one_line(recorded: Recorded)
         assert [line.split()[0] for line in lines] == [name for name in closed if name != "open" for _ in range(2)]
         assert all("make mlruns/ writable for you" in line for line in lines)
     finally:
+        used[0].close()
         for name in closed:
             (parent / name / "mlruns").chmod(0o777)
         shutil.rmtree(parent)
@@ -321,7 +342,8 @@ def test_a_store_that_may_not_be_written_is_told_in_one_line(recorded: Recorded)
 def test_a_deleted_or_replaced_database_is_noticed_and_made_anew(recorded: Recorded, place: Path, tmp_path: Path) -> None:
     first = tracking.connect(place)
     assert not first.stale
-    first.client.set_tag(recorded.run_id, "left", "in the write-ahead log")
+    for number in range(50):
+        first.client.set_tag(recorded.run_id, f"left {number}", "in the write-ahead log" * 10)
     database = tracking.database(place)
     assert Path(f"{database}-wal").stat().st_size > 0
     database.unlink()
@@ -333,6 +355,7 @@ def test_a_deleted_or_replaced_database_is_noticed_and_made_anew(recorded: Recor
     assert second.runs(status=None).empty
     with sqlite(place) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert connection.execute("SELECT count(*) FROM tags").fetchall() == [(0,)]
     shutil.copy(tracking.database(recorded.home), tmp_path / "other.db")
     (tmp_path / "other.db").replace(database)
     for suffix in ("-wal", "-shm"):
@@ -425,20 +448,25 @@ def positions(size: int) -> list[int]:
     return sorted({int(position) for position in np.linspace(0, size - 1, 20)})
 
 
-def test_no_damaged_artifact_is_taken_for_right(recorded: Recorded, place: Path, tmp_path: Path) -> None:
+def test_no_damaged_artifact_is_taken_for_right(recorded: Recorded, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, folder, got = tracking.connect(place), artifacts_of(recorded, place), tmp_path / "got"
     whole = files_below(folder)
     assert {"spec.yaml", "curves.parquet", "checkpoint.pt", "figures/learning_curves.png", "manifest.json"} <= set(whole)
+
+    def copy(_: tracking.Store, __: str, name: str, into: Path) -> Path:
+        return Path(shutil.copy(folder / name, into))
+
     for name, content in whole.items():
         wanted = ["spec.yaml"] if name == "manifest.json" else [name]
         damaged = [content[:position] for position in positions(len(content))]
         damaged += [content[:p] + bytes([content[p] ^ 1 << p % 8]) + content[p + 1 :] for p in positions(len(content))]
-        for changed in damaged:
+        for number, changed in enumerate(damaged):
             (folder / name).write_bytes(changed)
-            text = refused(lambda wanted=wanted: store.artifacts(recorded.run_id, wanted, got))
-            assert recorded.run_id in text
-            assert name in text
-            assert "not usable; restore it or train again" in text
+            with monkeypatch.context() as patch:
+                if number % 20:  # MLflow takes a tenth of a second to copy two files
+                    patch.setattr(tracking.Store, "download", copy)
+                text = refused(lambda wanted=wanted: store.artifacts(recorded.run_id, wanted, got))
+            assert f"run {recorded.run_id}: {name} is not as it was recorded, and not usable; restore it or train again" in text
         (folder / name).unlink()
         text = refused(lambda wanted=wanted: store.artifacts(recorded.run_id, wanted, got))
         assert f"run {recorded.run_id}: {name} can't be read: " in text
@@ -492,7 +520,7 @@ class Foreign(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, names: list[str], is_dir: bool = False, artifact_uri: str = f"mlflow-artifacts:/1/{RUN}/artifacts") -> None:
-        self.names, self.is_dir, self.artifact_uri = names, is_dir, artifact_uri
+        self.names, self.is_dir, self.artifact_uri, self.page = names, is_dir, artifact_uri, b""
         self.manifest = json.dumps({name: hashlib.sha256(EVIL).hexdigest() for name in names}).encode()
         super().__init__(("127.0.0.1", 0), Answer)
 
@@ -507,7 +535,9 @@ class Answer(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         listing = parse_qs(url.query).get("path")
-        if url.path.endswith("/runs/get"):
+        if self.server.page:
+            self.answer(self.server.page, 404)
+        elif url.path.endswith("/runs/get"):
             self.answer(json.dumps(self.server.run).encode())
         elif url.path.endswith("/mlflow-artifacts/artifacts"):
             files = [] if listing and listing[0].endswith("manifest.json") else self.server.names
@@ -519,8 +549,8 @@ class Answer(BaseHTTPRequestHandler):
 
     do_POST = do_GET
 
-    def answer(self, body: bytes) -> None:
-        self.send_response(200)
+    def answer(self, body: bytes, status: int = 200) -> None:
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -532,7 +562,7 @@ class Answer(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving(server: Foreign, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tracking.Store]:
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
     try:
         yield tracking.connect(home)
@@ -573,8 +603,21 @@ def test_no_name_from_a_server_leads_outside_the_folder(tmp_path: Path, monkeypa
             assert not list(tmp_path.rglob("evil*")), name
 
 
+def test_no_name_leads_outside_the_folder_even_if_mlflow_took_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def take(_: tracking.Store, __: str, name: str, into: Path) -> Path:
+        (into / "taken").write_bytes(server.manifest if name == "manifest.json" else EVIL)
+        return into / "taken"
+
+    monkeypatch.setattr(tracking.Store, "download", take)
+    for name in ("../../evil.txt", f"{tmp_path}/outside/evil.txt", "x/../../evil.txt"):
+        server = Foreign([name])
+        with serving(server, tmp_path, monkeypatch) as store:
+            refused(lambda: store.artifacts(RUN, [name], tmp_path / "into" / "here"))  # noqa: B023
+    assert not files_below(tmp_path)
+
+
 def test_nonsense_from_a_server_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for uri in ("s3://bucket/x", "ftp://127.0.0.1:9/x", "nonsense://x", "", "mlflow-artifacts://127.0.0.1:9/x"):
+    for uri in ("s3://bucket/x", "ftp://127.0.0.1:9/x", "nonsense://x", ""):
         with serving(Foreign(["fair.txt"], artifact_uri=uri), tmp_path, monkeypatch) as store:
             refused(lambda: store.download(RUN, "figures", tmp_path / "got"))
             refused(lambda: store.artifacts(RUN, ["fair.txt"], tmp_path / "got"))
@@ -583,6 +626,11 @@ def test_nonsense_from_a_server_is_one_line(tmp_path: Path, monkeypatch: pytest.
         server.manifest = manifest
         with serving(server, tmp_path, monkeypatch) as store:
             refused(lambda: store.artifacts(RUN, ["figures"], tmp_path / "got"))
+    server = Foreign([])
+    server.page = b"<html>\nNo such page\n</html>"
+    with serving(server, tmp_path, monkeypatch) as store:
+        assert "404" in refused(store.runs)
+        assert "404" in refused(lambda: store.artifacts(RUN, ["figures"], tmp_path / "got"))
     assert not files_below(tmp_path)
 
 
