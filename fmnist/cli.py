@@ -43,6 +43,9 @@ def main() -> None:
     except FmnistError as error:
         _tell(str(error))
         sys.exit(error.exit_code)
+    except OSError as error:  # what may not be read or written, wherever that shows first
+        _tell(f"{error.filename or 'a file'}: {error.strerror or error}; mend that, or set FMNIST_HOME to another folder")
+        sys.exit(UserError.exit_code)
 
 
 def _tell(text: str) -> None:

@@ -186,11 +186,17 @@ class Carrier:
         try:
             return self._carry()
         except Exception:
-            replaced = self.store.stale or self.store.identity() != self.identity
-            if self.run_id is None or replaced or not self.store.is_deleted(self.run_id):
+            if not self._is_deleted():
                 raise
             self._mark_closed("DELETED", "the run was deleted in MLflow")
             return True
+
+    def _is_deleted(self) -> bool:
+        """Whether the run, and not the whole store, is surely gone."""
+        with contextlib.suppress(Exception):  # in an outage it can't be told
+            here = self.run_id is not None and not self.store.stale and self.store.identity() == self.identity
+            return here and self.store.is_deleted(self._run_id)
+        return False
 
     def _carry(self) -> bool:
         running = self.folder.running  # asked before reading: what was written before the end is then surely read
@@ -286,6 +292,8 @@ class Carrier:
         self.store.set_tags(self._run_id, tags)
         times = [int(record.fields["t1"] if record.kind == "train" else record.fields["t"]) for record in records]
         self.store.close_run(self._run_id, status, max(times, default=self.folder.run["started_ms"]))
+        if self.store.stale:  # all of this went into a file that is no more
+            raise StoreError("the database was deleted or replaced meanwhile")
         self._mark_closed(status, reason)
 
     def _mark_closed(self, status: str | None, reason: str | None) -> None:
@@ -300,8 +308,6 @@ class Carrier:
             self.store.log_points(self._run_id, (point for record in records for point in points(self.spec, record)))
             stored = self.store.count(self._run_id, expected)
         wrong = [f"{key} {stored[key]} of {expected[key]}" for key in expected if stored[key] != expected[key]]
-        if wrong and self.store.stale:
-            raise StoreError("the database was deleted or replaced meanwhile")
         if wrong and status == "FINISHED":
             return "FAILED", f"the store does not hold the points that were sent: {', '.join(wrong)}"
         return status, reason

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import gc
 import itertools
 import json
 import os
@@ -96,6 +97,7 @@ def in_child(act: Callable[[], object]) -> int:
     pid = os.fork()
     if pid == 0:
         try:
+            gc.disable()  # it would touch, and so copy, all the memory that is shared with the parent
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(60)
             act()
@@ -230,7 +232,8 @@ def test_an_unbroken_run_is_the_same_twice(unbroken: Unbroken, tmp_path: Path) -
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_run_killed_after_any_segment_ends_as_if_it_had_not_been(recipe: str, unbroken: Unbroken, tmp_path: Path) -> None:
     spec = RECIPES[recipe]
-    for step in [stop for stop in STOPS if stop <= unbroken(spec)["step"]]:
+    stops = STOPS if recipe in ("momentum", "early stopping") else (0, 20, 50, 68)
+    for step in [stop for stop in stops if stop <= unbroken(spec)["step"]]:
         said: list[str] = []
         folder = kill(tmp_path / str(step), spec, step)
         assert finish(folder, spec, said).status == "FINISHED"
