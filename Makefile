@@ -4,7 +4,7 @@ EXP ?= baseline
 PORT ?= 5000
 FMNIST := .venv/bin/fmnist
 .DEFAULT_GOAL := help
-.PHONY: help setup data run show list ui report sync doctor test check bench soak lock clean
+.PHONY: help setup data run show list ui report sync doctor test test-services check bench soak lock clean
 
 help:  ## print the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,8 +36,11 @@ sync: setup  ## carry runs that are only on disk into MLflow
 doctor: setup  ## look at environment, data, store and unfinished runs, and say what to do
 	@$(FMNIST) doctor
 
-test: data  ## all tests, some minutes
+test: data  ## the tests, some minutes
 	@.venv/bin/pytest
+
+test-services: data  ## the tests that start servers: MLflow, its UI, a served model
+	@.venv/bin/pytest -m services
 
 check: setup  ## lint, types, formatting, the JSON Schema of the experiments
 	@.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy && .venv/bin/python tools/schema.py

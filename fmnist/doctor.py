@@ -42,7 +42,7 @@ def _environment(repository: Path) -> Iterator[Finding]:
     if not lock.exists():
         return
     locked: dict[str, set[str]] = {}  # one or several versions of each, for one Python or another
-    for name, version in re.findall(r"^([A-Za-z0-9._-]+)==([^ ;\\]+)", lock.read_text(encoding="utf-8"), re.MULTILINE):
+    for name, version in re.findall(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", lock.read_text(encoding="utf-8"), re.MULTILINE):
         locked.setdefault(name, set()).add(version)
     installed = {distribution.name.lower().replace("_", "-"): distribution.version for distribution in importlib.metadata.distributions()}
     wrong = [f"{name} {installed[name]}" for name, versions in locked.items() if name in installed and installed[name] not in versions]

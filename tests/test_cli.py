@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Fmnist, free_port
+from conftest import REPOSITORY, SMALL, Fmnist, free_port
 
-from fmnist import experiments
+from fmnist import experiments, journal
 from fmnist import spec as specs
 
 PACKAGE = Path(specs.__file__).parent
@@ -209,3 +209,49 @@ def test_shell_completion_offers_experiment_names(home: Path, words: str) -> Non
     asked = {**os.environ, "_FMNIST_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "2"}
     result = subprocess.run([script], env=asked, capture_output=True, text=True, timeout=60)
     assert result.stdout.split() == sorted(["linear", *(name for name in NAMES if name.startswith("l"))]), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["run"], ["EXP is missing", "fmnist list"]),
+        (["run", "baseline", "--resume", "nothing"], ["'nothing' fits 0 of the runs that are on disk", "none"]),
+    ],
+)
+def test_what_to_run_has_to_be_clear(fmnist: Fmnist, home: Path, arguments: list[str], fragments: list[str]) -> None:
+    refused(fmnist(*arguments), home, *fragments)
+
+
+def test_resume_refuses_what_it_cant_continue_and_doctor_tells_what_to_do(fmnist: Fmnist, home: Path) -> None:
+    assert fmnist(*SMALL, "--no-sync").returncode == 0
+    key = journal.state_folders(home)[0].path.name
+    for arguments, fragment in (
+        (["run", "--resume", key], f"{key} has ended, there is nothing to continue; `fmnist sync`"),
+        (["run", "baseline", "--resume", key, "--fresh"], "--fresh starts anew and --resume goes on"),
+    ):
+        result = fmnist(*arguments)
+        assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+        assert fragment in result.stderr
+    doctor = fmnist("doctor", "--json")
+    findings = {finding["what"].partition(":")[0]: finding for finding in json.loads(doctor.stdout)["findings"]}
+    assert doctor.returncode == 1
+    assert findings[key] == {"what": f"{key}: ended, not all of it in MLflow", "remedy": "fmnist sync"}
+    assert set(findings) == {"environment", "data", "disk", "store", key}
+    assert findings["store"]["what"] == "store: none yet, the first run makes it"
+
+
+def test_doctor_names_every_trouble(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fmnist import doctor
+
+    (home / "data").unlink()
+    (home / "mlruns" / "state" / ".left-1").mkdir(parents=True)
+    (home / "mlruns" / "mlflow.db").write_text("no database")
+    (tmp_path / "fmnist").mkdir()
+    (tmp_path / "requirements.lock").write_text("torch==0.1\npandas==0.2 ; python_version < '3'\n")
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "fmnist" / "doctor.py"))
+    monkeypatch.setattr(doctor, "FREE_BYTES", 1e18)
+    found = list(doctor.findings(home))
+    assert all(finding.remedy for finding in found)
+    told = " ".join(finding.what for finding in found)
+    for fragment in ("torch ", "pandas ", "train-images-idx3-ubyte is missing", "GB free", "store: can't be used", ".left-1"):
+        assert fragment in told

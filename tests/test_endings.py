@@ -39,7 +39,9 @@ def assert_continued(home: Path, run_id: str, finished: "subprocess.CompletedPro
     wait_for(lambda: not journal.state_folders(home))
 
 
-@pytest.mark.parametrize(("signal_number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signal_number", "exit_code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.services)]
+)
 def test_signal_ends_a_run_as_killed_and_the_same_command_continues_it(
     fmnist: Fmnist, home: Path, signal_number: int, exit_code: int
 ) -> None:

@@ -237,6 +237,40 @@ def test_report_of_named_runs(recorded: Recorded, tmp_path: Path) -> None:
         reports.write(recorded.store, tmp_path, ["no-such-run"])
 
 
+def test_verify_finds_the_same_bits_and_names_what_differs(recorded: Recorded) -> None:
+    result = command(recorded.home, "verify", recorded.stopped["run_id"], "--json")
+    found = json.loads(result.stdout)
+    assert (result.returncode, found["unequal"], found["weights"]) == (0, [], True)
+    assert found["steps"] == recorded.stopped["steps"]
+    part = command(recorded.home, "verify", recorded.first["run_id"], "--steps", "60")
+    assert part.returncode == 0
+    assert "60 steps, 2 evaluations trained again\nequal, bit for bit" in part.stdout
+    several = command(recorded.home, "verify", "baseline")
+    assert (several.returncode, len(several.stderr.splitlines())) == (2, 1)
+    assert f"fits 2 runs; give the id of one: {recorded.first['run_id']}, {recorded.again['run_id']}" in several.stderr
+
+
+def test_extend_continues_a_finished_run_as_a_new_one(recorded: Recorded, tmp_path: Path) -> None:
+    result = command(recorded.home, "extend", recorded.first["run_id"], "--epochs", "3", "--json")
+    longer = json.loads(result.stdout)
+    try:
+        assert (longer["status"], longer["name"], longer["steps"]) == ("FINISHED", "baseline batch_size=500 eval_every=50 epochs=3", 360)
+        assert recorded.store.client.get_run(longer["run_id"]).data.tags["extends"] == recorded.first["run_id"]
+        frames = [recorded.store.curves(run["run_id"]).drop(columns="elapsed_s") for run in (recorded.first, longer)]
+        both = [frame[(frame["step"] <= STEPS) & (frame["step"] % 50 != STEPS % 50)] for frame in frames]
+        pd.testing.assert_frame_equal(*both, check_exact=True)
+        assert pd.isna(frames[1].set_index("step")["val/loss"][STEPS])  # three epochs in one go aren't evaluated there
+        history = recorded.store.client.get_metric_history(longer["run_id"], "train/loss")
+        assert [point.step for point in history] == list(range(1, 361))
+        times = [point.timestamp for point in history]
+        assert times == sorted(times)
+    finally:
+        recorded.store.client.delete_run(longer["run_id"])
+    refused = command(recorded.home, "extend", recorded.first["run_id"], "--epochs", "2")
+    assert refused.returncode == 2
+    assert "it has 2 already; give more" in refused.stderr
+
+
 def test_report_imports_no_torch(recorded: Recorded) -> None:
     code = "import sys; from fmnist.cli import report; report([], False); assert 'torch' not in sys.modules and 'mlflow' in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -1,6 +1,7 @@
 """Where runs go: the local store, a server, or neither yet; and that a store is only ever written whole."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import secrets
@@ -8,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +17,7 @@ import pytest
 from conftest import LONG, SMALL, Fmnist, free_port, start, stored_steps, trained, wait_for
 
 from fmnist import journal, sidecar, tracking
+from fmnist import spec as specs
 
 
 def test_no_sync_stays_on_disk_until_sync(fmnist: Fmnist, home: Path) -> None:
@@ -40,6 +43,7 @@ def test_two_first_runs_at_once_share_one_store(home: Path) -> None:
         assert stored_steps(store, outcome["run_id"]) == list(range(1, 61))
 
 
+@pytest.mark.services
 def test_run_on_a_server(fmnist: Fmnist, home: Path, tmp_path: Path) -> None:
     uri = f"http://127.0.0.1:{(port := free_port())}"
     password = secrets.token_hex(8)
@@ -116,3 +120,40 @@ def test_a_send_that_fails_is_made_up_for_and_counted_once(fmnist: Fmnist, home:
     assert carrier.advance()
     assert (carrier.closed, carrier.reason) == ("FINISHED", None)
     assert stored_steps(store, carrier.run_id) == list(range(1, 61))
+
+
+@pytest.mark.parametrize("mutant", [False, True])
+def test_a_carrier_killed_before_it_noted_what_it_sent_doubles_nothing(
+    fmnist: Fmnist, home: Path, monkeypatch: pytest.MonkeyPatch, mutant: bool, with_store: None
+) -> None:
+    assert fmnist(*SMALL, "--no-sync").returncode == 0
+    store = tracking.connect(home)
+    folder = journal.state_folders(home)[0]
+    killed = sidecar.Carrier(folder, store)
+    killed._open()
+    records, _ = journal.read(folder.path / "journal")
+    store.log_points(killed.run_id, (point for record in records for point in journal.points(folder.spec, record)))
+    if mutant:  # new time stamps on replay: the store takes such points for others
+
+        def later(spec: specs.ExperimentSpec, record: journal.Record) -> Iterator[journal.Point]:
+            return (dataclasses.replace(point, timestamp_ms=point.timestamp_ms + 1) for point in journal.points(spec, record))
+
+        monkeypatch.setattr(sidecar, "points", later)
+    carrier = sidecar.Carrier(folder, store)
+    assert carrier.run_id == killed.run_id
+    assert carrier.advance()
+    assert (carrier.closed, stored_steps(store, carrier.run_id) == list(range(1, 61))) == (
+        ("FAILED", False) if mutant else ("FINISHED", True)
+    )
+    assert carrier.reason == ("the store does not hold the points that were sent: train/loss 120 of 60" if mutant else None) or mutant
+
+
+def test_a_store_that_is_deleted_is_made_anew_with_the_whole_run(fmnist: Fmnist, home: Path, with_store: None) -> None:
+    process = start(*LONG, "-s", "train.epochs=5", "--json")
+    wait_for(lambda: trained(home) >= 1000 and journal.state_folders(home)[0].carried.get("offset"))
+    for path in (home / "mlruns").glob("mlflow.db*"):
+        path.unlink()
+    stdout, stderr = process.communicate(timeout=120)
+    outcome = json.loads(stdout)
+    assert (outcome["status"], outcome["unsynced"]) == ("FINISHED", None), stderr
+    assert stored_steps(tracking.connect(home), outcome["run_id"]) == list(range(1, 5 * 1875 + 1))

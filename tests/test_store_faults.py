@@ -256,7 +256,9 @@ def test_the_remedy_for_an_older_store_works(place: Path) -> None:
     assert tracking.connect(place).runs().empty
 
 
-@pytest.mark.parametrize("fault", ["newer", "older", "no database", "half"])
+@pytest.mark.parametrize(
+    "fault", ["newer", "half", *(pytest.param(fault, marks=pytest.mark.services) for fault in ("older", "no database"))]
+)
 def test_commands_tell_it_in_one_line(fault: str, place: Path) -> None:
     FAULTS[fault][0](tracking.database(place))
     processes = [
@@ -674,6 +676,7 @@ def put_bait_in_sample_inputs(archive: Path, bait: bytes) -> None:
     changed.replace(archive)
 
 
+@pytest.mark.services
 def test_a_model_that_would_unpickle_code_is_refused(recorded: Recorded, place: Path, tmp_path: Path) -> None:
     import mlflow.pytorch
     import torch

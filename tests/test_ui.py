@@ -15,6 +15,8 @@ from conftest import Fmnist, free_port
 
 from fmnist import tracking
 
+pytestmark = pytest.mark.services
+
 
 @pytest.fixture
 def server(fmnist: Fmnist, home: Path) -> Iterator[tuple[int, "subprocess.Popen[str]"]]:
