@@ -210,7 +210,10 @@ class Journal:
 
         Raises StoreError where another process has the run, or where its journal is damaged before what MLflow holds of it.
         """
-        lock = os.open(state.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            lock = os.open(state.path / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise StoreError(f"{state.path.name} is gone: it has ended, or was given up") from None
         for attempt in itertools.count():
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -226,6 +229,9 @@ class Journal:
             raise StoreError(
                 f"{state.path / 'journal'} is damaged at byte {end:,}, where MLflow holds more already; --fresh starts another run"
             )
+        if not state.unfinished or not state.path.exists():
+            os.close(lock)
+            raise StoreError(f"{state.path.name} has ended, there is nothing to continue; `fmnist sync` carries it into MLflow")
         with open(state.path / "journal", "ab") as file:
             file.truncate(end)
         return cls(state.path, lock, records, exact)
@@ -447,9 +453,14 @@ class StateFolder:
     @property
     def resumable(self) -> bool:
         """Whether its trainer is gone and left it such that it can be continued."""
+        return not self.running and self.unfinished
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether by what it holds there is, or will be, something to continue: once that is not so, it never is again."""
         note = self.carried
         records, end = read(self.path / "journal")
-        if self.running or note.get("closed") == "DELETED" or end < note.get("offset", 0):
+        if note.get("closed") == "DELETED" or end < note.get("offset", 0):
             return False
         last = next((record for record in reversed(records) if record.kind in ("end", "resume")), None)
         return last is None or bool(last.fields.get("resumable", last.kind == "resume"))

@@ -107,7 +107,7 @@ def _settled(folder: StateFolder) -> bool:
     note = folder.carried
     if not note.get("closed") or (note["closed"] != "DELETED" and read(folder.path / "journal", note["offset"])[0]):
         return False
-    if not folder.running and not folder.resumable:
+    if not folder.unfinished and not folder.running:  # in this order: one that is unfinished may be continued at any moment
         folder.remove()
     return True
 

@@ -2,6 +2,8 @@
 
 import gzip
 import hashlib
+import os
+import random
 import shutil
 import subprocess
 import sys
@@ -266,3 +268,28 @@ def test_the_debian_package_holds_the_files(tmp_path: Path) -> None:
             pytest.skip(f"the package index can't be reached: {error}")
         raise
     assert whole_and_alone(tmp_path)
+
+
+def test_a_file_cut_or_altered_anywhere_is_never_taken_for_right(tmp_path: Path) -> None:
+    raw = data.raw_folder(tmp_path)
+    shutil.copytree(data.raw_folder(REPOSITORY), raw)
+    positions = random.Random(0)
+    for name in data.SHA256:
+        path = raw / name
+        size = path.stat().st_size
+        with open(path, "r+b") as file:
+            for place in [0, 15, size - 1, *(positions.randrange(size) for _ in range(17))]:
+                file.seek(place)
+                byte = file.read(1)
+                file.seek(place)
+                file.write(bytes([byte[0] ^ 1 << positions.randrange(8)]))
+                file.flush()
+                assert list(data.faults(tmp_path)) == [name], f"{name}, byte {place}"
+                file.seek(place)
+                file.write(byte)
+        whole = path.read_bytes()
+        for length in sorted([0, 1, size - 1, *(positions.randrange(size) for _ in range(17))], reverse=True):
+            os.truncate(path, length)
+            assert list(data.faults(tmp_path)) == [name], f"{name}, {length} bytes"
+        path.write_bytes(whole)
+    assert data.faults(tmp_path) == {}

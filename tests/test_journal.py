@@ -115,7 +115,7 @@ import sys, time
 from pathlib import Path
 from fmnist import journal, spec as specs
 held = journal.Journal.create(Path(sys.argv[1]), specs.ExperimentSpec(name="held"), "held", {}, None)
-held.event("end", status="FINISHED")
+held.event("end", status="KILLED", resumable=True)
 print(held.folder, flush=True)
 time.sleep(60)
 """
@@ -470,6 +470,16 @@ def test_a_step_that_differs_by_one_bit_is_irreproducible(name: str, step: int, 
     assert content(folder) == before
 
 
+def test_a_zero_of_the_other_sign_is_irreproducible(tmp_path: Path) -> None:
+    written, zeros = start(tmp_path), {name: np.zeros(3, dtype) for name, dtype in ARRAYS.items()}
+    written.train(1, zeros, 0, 1, 0.5)
+    written.release()
+    with resumed(StateFolder.at(written.folder)) as again:
+        again.train(1, zeros, 0, 1, 0.5)
+        with pytest.raises(Irreproducible, match=r"step 1: train/loss was 0\.0 and is -0\.0 now"):
+            again.train(1, {name: -array for name, array in zeros.items()}, 0, 1, 0.5)
+
+
 def test_the_first_of_several_steps_that_differ_is_told(tmp_path: Path) -> None:
     computed = values(5, 6)
     flip(computed["lr"], 1)
@@ -557,7 +567,7 @@ def ending(**fields: Any) -> Callable[[StateFolder], None]:
 
 
 def end_then_resume(folder: StateFolder) -> None:
-    ending(status="FAILED", resumable=False)(folder)
+    ending(status="FAILED", resumable=True)(folder)
     with resumed(folder) as written:
         written.event("resume", step=10, changed={})
 
@@ -585,7 +595,7 @@ def carry_and_damage(folder: StateFolder) -> None:
         pytest.param(True, lambda folder: carry(folder, closed="KILLED"), id="closed as killed"),
         pytest.param(True, ending(status="KILLED", resumable=True), id="Ctrl-C"),
         pytest.param(True, ending(status="FAILED", resumable=True), id="disk full"),
-        pytest.param(True, end_then_resume, id="killed after it was continued in spite of its end"),
+        pytest.param(True, end_then_resume, id="killed after it was continued"),
         pytest.param(False, ending(status="FAILED", resumable=False), id="diverged"),
         pytest.param(False, ending(status="KILLED", resumable=False), id="given up"),
         pytest.param(False, ending(status="FINISHED", resumable=False), id="finished"),
@@ -788,3 +798,22 @@ def test_forty_epochs_begin_with_twenty_less_the_evaluation_at_their_end(tmp_pat
     made = Journal.create(tmp_path, long, "longer", ENVIRONMENT, None, "abc", found)
     again, _ = journal.read(made.folder / "journal")
     assert [text(record) for record in again] == [text(Record(r.kind, json.loads(json.dumps(r.fields)), r.arrays)) for r in found]
+
+
+def test_a_run_that_is_being_continued_is_unfinished_and_not_resumable(tmp_path: Path) -> None:
+    written = start(tmp_path)
+    folder = journal.state_folders(tmp_path)[0]
+    assert (folder.unfinished, folder.resumable) == (True, False)
+    written.event("end", status="KILLED", reason="SIGINT", resumable=True)
+    written.release()
+    assert (folder.unfinished, folder.resumable) == (True, True)
+    continued = Journal.resume(folder)
+    continued.event("end", status="FINISHED", reason=None, resumable=False)
+    assert (folder.unfinished, folder.resumable, folder.running) == (False, False, True)
+    continued.release()
+    with pytest.raises(StoreError, match="has ended, there is nothing to continue"):
+        Journal.resume(folder)
+    assert not folder.running
+    folder.remove()
+    with pytest.raises(StoreError, match="is gone"):
+        Journal.resume(folder)

@@ -71,7 +71,8 @@ def test_no_module_is_imported_in_a_circle() -> None:
 
 
 def test_code_stays_small() -> None:
-    lengths = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
+    # Blank lines are the formatter's; every other one counts, those of docstrings and imports too.
+    lengths = {path.name: sum(bool(line.strip()) for line in path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
     assert sum(lengths.values()) < 3_500
     for path in PACKAGE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -157,3 +157,32 @@ def test_a_store_that_is_deleted_is_made_anew_with_the_whole_run(fmnist: Fmnist,
     outcome = json.loads(stdout)
     assert (outcome["status"], outcome["unsynced"]) == ("FINISHED", None), stderr
     assert stored_steps(tracking.connect(home), outcome["run_id"]) == list(range(1, 5 * 1875 + 1))
+
+
+def test_a_carrier_leaves_a_run_alone_that_is_continued_while_it_looks(
+    fmnist: Fmnist, home: Path, monkeypatch: pytest.MonkeyPatch, with_store: None
+) -> None:
+    assert fmnist(*SMALL, "--no-sync").returncode == 0
+    folder = journal.state_folders(home)[0]
+    path = folder.path / "journal"
+    records, _ = journal.read(path)
+    kept = next(index for index, record in enumerate(records) if record.kind == "final")
+    path.write_bytes(path.read_bytes()[: journal_end(path, kept)])  # as if killed before it had its results
+    folder.note(run_id="0" * 32, offset=path.stat().st_size, closed="KILLED")
+    taken: list[journal.Journal] = []
+    running = journal.StateFolder.running
+
+    def taken_once_seen_free(self: journal.StateFolder) -> bool:
+        free = not running.fget(self)
+        if free and not taken:
+            taken.append(journal.Journal.resume(self))
+        return not free
+
+    monkeypatch.setattr(journal.StateFolder, "running", property(taken_once_seen_free))
+    assert sidecar._settled(folder)
+    assert folder.path.exists()
+
+
+def journal_end(path: Path, records: int) -> int:
+    """Where this many records end."""
+    return next(end for end in range(path.stat().st_size) if len(journal.read(path, end=end)[0]) == records)
