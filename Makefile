@@ -4,7 +4,7 @@ EXP ?= baseline
 PORT ?= 5000
 FMNIST := .venv/bin/fmnist
 .DEFAULT_GOAL := help
-.PHONY: help setup data run show list ui report sync doctor test test-services check bench soak lock clean
+.PHONY: help setup data run show list ui report sync doctor test test-slow check bench soak lock clean
 
 help:  ## print the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,8 +39,8 @@ doctor: setup  ## look at environment, data, store and unfinished runs, and say 
 test: data  ## the tests, some minutes
 	@.venv/bin/pytest
 
-test-services: data  ## the tests that start servers: MLflow, its UI, a served model
-	@.venv/bin/pytest -m services
+test-slow: data  ## the tests that start servers, kill processes or damage stores
+	@.venv/bin/pytest -m slow
 
 check: setup  ## lint, types, formatting, the JSON Schema of the experiments
 	@.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy && .venv/bin/python tools/schema.py

@@ -39,9 +39,7 @@ def assert_continued(home: Path, run_id: str, finished: "subprocess.CompletedPro
     wait_for(lambda: not journal.state_folders(home))
 
 
-@pytest.mark.parametrize(
-    ("signal_number", "exit_code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.services)]
-)
+@pytest.mark.parametrize(("signal_number", "exit_code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
 def test_signal_ends_a_run_as_killed_and_the_same_command_continues_it(
     fmnist: Fmnist, home: Path, signal_number: int, exit_code: int
 ) -> None:
@@ -61,6 +59,7 @@ def test_signal_ends_a_run_as_killed_and_the_same_command_continues_it(
     assert_continued(home, outcome["run_id"], finished)
 
 
+@pytest.mark.slow
 def test_kill_9_of_trainer_and_sidecar_is_seen_by_the_next_command_and_continued_once(fmnist: Fmnist, home: Path) -> None:
     process = start(*EPOCHS)
     wait_for(lambda: trained(home) >= 1000 and only_folder(home).carried.get("offset"))
@@ -87,6 +86,7 @@ def test_kill_9_of_trainer_and_sidecar_is_seen_by_the_next_command_and_continued
     assert_continued(home, run_id, subprocess.CompletedProcess([], first.returncode, stdout, stderr))
 
 
+@pytest.mark.slow
 def test_killed_sidecar_is_started_again_and_nothing_is_lost_or_doubled(home: Path) -> None:
     process = start(*LONG, "-s", "train.epochs=3", "--json")
     for steps in (1000, 3000):
@@ -115,6 +115,7 @@ def test_divergence_fails_the_run_and_names_the_first_bad_step(fmnist: Fmnist, h
     assert run.outputs.model_outputs == []
 
 
+@pytest.mark.slow
 def test_error_while_training_fails_the_run_with_its_traceback(fmnist: Fmnist, home: Path, tmp_path: Path) -> None:
     # 200 kB let the journal grow and not the predictions: what a full disk does, at a place that is known.
     limit = 200_000

@@ -18,7 +18,7 @@ from conftest import command, free_port, make_home, stop_sidecar
 
 from fmnist import data, tracking
 
-pytestmark = pytest.mark.services
+pytestmark = pytest.mark.slow
 REFUSE_FMNIST = """
 import importlib.abc, sys
 class Refuse(importlib.abc.MetaPathFinder):

@@ -250,6 +250,7 @@ def test_verify_finds_the_same_bits_and_names_what_differs(recorded: Recorded) -
     assert f"fits 2 runs; give the id of one: {recorded.first['run_id']}, {recorded.again['run_id']}" in several.stderr
 
 
+@pytest.mark.slow
 def test_extend_continues_a_finished_run_as_a_new_one(recorded: Recorded, tmp_path: Path) -> None:
     result = command(recorded.home, "extend", recorded.first["run_id"], "--epochs", "3", "--json")
     longer = json.loads(result.stdout)
@@ -276,6 +277,7 @@ def test_report_imports_no_torch(recorded: Recorded) -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 def test_trainer_imports_no_mlflow(home: Path) -> None:
     code = (
         "import sys; from fmnist import experiments, runner, spec; r = experiments.load('baseline', ['train.epochs=1', 'train.batch_size=5000']);"

@@ -33,6 +33,7 @@ def test_no_sync_stays_on_disk_until_sync(fmnist: Fmnist, home: Path) -> None:
     pd.testing.assert_frame_equal(tracking.connect(home).curves(synced[0]["run_id"]), journalled, check_exact=True)
 
 
+@pytest.mark.slow
 def test_two_first_runs_at_once_share_one_store(home: Path) -> None:
     processes = [start(*SMALL, "--json") for _ in range(2)]
     outcomes = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
@@ -43,7 +44,7 @@ def test_two_first_runs_at_once_share_one_store(home: Path) -> None:
         assert stored_steps(store, outcome["run_id"]) == list(range(1, 61))
 
 
-@pytest.mark.services
+@pytest.mark.slow
 def test_run_on_a_server(fmnist: Fmnist, home: Path, tmp_path: Path) -> None:
     uri = f"http://127.0.0.1:{(port := free_port())}"
     password = secrets.token_hex(8)
@@ -91,6 +92,7 @@ def answers(uri: str) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_run_deleted_in_mlflow_while_it_trains_stays_deleted(home: Path) -> None:
     process = start(*LONG, "-s", "train.epochs=3", "--json")
     wait_for(lambda: trained(home) >= 1000 and journal.state_folders(home)[0].carried.get("offset"))
@@ -148,6 +150,7 @@ def test_a_carrier_killed_before_it_noted_what_it_sent_doubles_nothing(
     assert carrier.reason == ("the store does not hold the points that were sent: train/loss 120 of 60" if mutant else None) or mutant
 
 
+@pytest.mark.slow
 def test_a_store_that_is_deleted_is_made_anew_with_the_whole_run(fmnist: Fmnist, home: Path, with_store: None) -> None:
     process = start(*LONG, "-s", "train.epochs=5", "--json")
     wait_for(lambda: trained(home) >= 1000 and journal.state_folders(home)[0].carried.get("offset"))

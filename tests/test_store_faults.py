@@ -26,6 +26,7 @@ from conftest import SMALL, command, free_port, make_home, stop_sidecar
 from fmnist import experiments, tracking
 from fmnist.errors import StoreError
 
+pytestmark = pytest.mark.slow
 NEWEST = "SELECT version_num FROM alembic_version"
 
 
@@ -256,9 +257,7 @@ def test_the_remedy_for_an_older_store_works(place: Path) -> None:
     assert tracking.connect(place).runs().empty
 
 
-@pytest.mark.parametrize(
-    "fault", ["newer", "half", *(pytest.param(fault, marks=pytest.mark.services) for fault in ("older", "no database"))]
-)
+@pytest.mark.parametrize("fault", ["newer", "half", "older", "no database"])
 def test_commands_tell_it_in_one_line(fault: str, place: Path) -> None:
     FAULTS[fault][0](tracking.database(place))
     processes = [
@@ -676,7 +675,6 @@ def put_bait_in_sample_inputs(archive: Path, bait: bytes) -> None:
     changed.replace(archive)
 
 
-@pytest.mark.services
 def test_a_model_that_would_unpickle_code_is_refused(recorded: Recorded, place: Path, tmp_path: Path) -> None:
     import mlflow.pytorch
     import torch

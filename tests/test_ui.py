@@ -15,7 +15,7 @@ from conftest import Fmnist, free_port
 
 from fmnist import tracking
 
-pytestmark = pytest.mark.services
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
