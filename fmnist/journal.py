@@ -194,6 +194,9 @@ class Journal:
             (partial / "run.json").write_text(json.dumps({**run, "store": store, "extends": extends}), encoding="utf-8")
             (partial / "spec.yaml").write_text(experiments.dump(spec), encoding="utf-8")
             (partial / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
+            for path in partial.iterdir():  # a journal without its spec would be of no use after a power loss
+                with open(path) as file:
+                    os.fsync(file.fileno())
             made = cls(partial, lock, records)
             for record in records:
                 made._append(record)
