@@ -134,7 +134,12 @@ def phase_of(state: journal.StateFolder | None, victim: str, began: float) -> st
     """Where a process was when it was killed, by what it left."""
     if state is None:
         return "start-up"
-    files = {path.name: path.stat().st_mtime for path in state.path.iterdir()}
+    if not state.path.exists():  # closed in MLflow meanwhile
+        return "end"
+    files: dict[str, float] = {}
+    for name in ("checkpoint.pt.partial", "predictions.npz", "journal"):
+        with contextlib.suppress(FileNotFoundError):
+            files[name] = (state.path / name).stat().st_mtime
     if victim == "trainer" and files.get("checkpoint.pt.partial", 0) >= began:
         return "checkpoint"
     if files.get("predictions.npz", 0) >= began:
