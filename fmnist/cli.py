@@ -86,8 +86,6 @@ def run(
     folder = None if resume is None else journal.find(root, resume)
     if fresh and resume:
         raise UserError("--fresh starts anew and --resume goes on; give one of the two")
-    if folder is not None and not (folder.running or folder.resumable):
-        raise UserError(f"--resume: {folder.path.name} has ended, there is nothing to continue; `fmnist sync` carries it into MLflow")
     if exp is not None:
         resolved = experiments.load(exp, overrides, root)
     elif folder is not None:

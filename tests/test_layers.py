@@ -74,6 +74,7 @@ def test_code_stays_small() -> None:
     # Blank lines are the formatter's; every other one counts, those of docstrings and imports too.
     lengths = {path.name: sum(bool(line.strip()) for line in path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
     assert sum(lengths.values()) < 3_500
+    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")) < 4_125  # with blank lines: 3,500 is to be won back
     for path in PACKAGE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):

@@ -147,7 +147,7 @@ def test_a_carrier_killed_before_it_noted_what_it_sent_doubles_nothing(
     assert (carrier.closed, stored_steps(store, carrier.run_id) == list(range(1, 61))) == (
         ("FAILED", False) if mutant else ("FINISHED", True)
     )
-    assert carrier.reason == ("the store does not hold the points that were sent: train/loss 120 of 60" if mutant else None) or mutant
+    assert ("train/loss 120 of 60" in (carrier.reason or "")) == mutant
 
 
 @pytest.mark.slow
