@@ -311,10 +311,11 @@ class Training:
                 self._steps(segment.stop)
             if segment.evaluate:
                 self._evaluate()
-            self.watch(self)
-            if self.caught or time.monotonic() - self.saved_at > max(CHECKPOINT_S, CHECKPOINT_SHARE * self.save_s):
+            if time.monotonic() - self.saved_at > max(CHECKPOINT_S, CHECKPOINT_SHARE * self.save_s):
                 self._save()
+            self.watch(self)
             if self.caught:
+                self._save()
                 raise Interrupted(self.caught[0], self.step)
         self._finish()
 

@@ -358,6 +358,8 @@ def kill_at(
     assert in_child(killed) == -signal.SIGKILL
 
 
+PAPERS = 4
+"""The first moments of a run: its lock, run.json, spec.yaml and environment.json are flushed, and only then is it to be seen."""
 FEW = experiment(eval_every=40)
 LEAST = experiment(eval_every=68)
 
@@ -372,12 +374,15 @@ def train_few(root: Path, spec: specs.ExperimentSpec = FEW) -> Callable[[], obje
 
 def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(unbroken: Unbroken, tmp_path: Path) -> None:
     done = moments(tmp_path / "whole", train_few(tmp_path / "whole"))
-    assert len(done) >= 24
-    assert done[0] == "write"
+    assert len(done) >= 28
+    assert done[: PAPERS + 1] == ["fsync"] * PAPERS + ["write"]
     for moment, name in enumerate(done):
         for torn in (False, True) if name == "write" else (False,):
             root, said = tmp_path / f"{moment}{torn}", list[str]()
             kill_at(moment, train_few(root), torn)
+            if moment < PAPERS:
+                assert journal.state_folders(root) == []
+                continue
             folder = only(root)
             finish(folder, FEW, said)
             assert [line.split(" at ")[0] for line in said] == [f"continuing {folder.path.name}"], f"{moment}: {name}"
@@ -753,7 +758,7 @@ def test_a_run_that_a_full_disk_stopped_goes_on_later(
     times: int, unbroken: Unbroken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = moments(tmp_path / "whole", train_few(tmp_path / "whole", LEAST))
-    for moment in range(0, len(done), 1 if times == 1 else 4):
+    for moment in range(PAPERS, len(done), 1 if times == 1 else 4):
         root = tmp_path / str(moment)
         with monkeypatch.context() as patched:
             patched.setattr(runner, "CHECKPOINT_S", 0)
@@ -767,6 +772,15 @@ def test_a_run_that_a_full_disk_stopped_goes_on_later(
         assert folder.resumable, moment
         finish(folder, LEAST)
         assert differences(folder, unbroken(LEAST)) == [], moment
+
+
+def test_a_run_that_a_full_disk_keeps_from_beginning_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for moment in range(PAPERS):
+        with monkeypatch.context() as patched:
+            fail(patched, moment, times=1)
+            with pytest.raises(StoreError, match="mlruns: can't be written: No space left on device; mend that or set FMNIST_HOME"):
+                run(tmp_path, LEAST)
+        assert list((tmp_path / "mlruns" / "state").iterdir()) == []
 
 
 def test_a_run_that_broke_by_a_fault_of_its_own_is_not_continued(unbroken: Unbroken, tmp_path: Path) -> None:
