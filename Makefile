@@ -4,10 +4,10 @@ EXP ?= baseline
 PORT ?= 5000
 FMNIST := .venv/bin/fmnist
 .DEFAULT_GOAL := help
-.PHONY: help setup data run show list ui report sync doctor test test-slow check bench soak lock clean
+.PHONY: help setup data run show list ui report sync doctor test test-slow check bench bench-step bench-scaling bench-record soak lock clean
 
 help:  ## print the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup:  ## build .venv from requirements.lock, if it is not there yet
 	@$(PYTHON) tools/bootstrap.py
@@ -15,8 +15,8 @@ setup:  ## build .venv from requirements.lock, if it is not there yet
 data: setup  ## fetch and verify Fashion-MNIST
 	@$(FMNIST) data
 
-run: setup  ## train and record an experiment, or continue it: make run EXP=baseline SET="optimizer.lr=0.01 train.seed=3"; FRESH=1 starts anew
-	@$(FMNIST) run $(EXP) $(foreach field,$(SET),--set '$(field)') $(if $(FRESH),--fresh)
+run: setup  ## train and record an experiment, or continue it: make run EXP=baseline SET="optimizer.lr=0.01 train.seed=3"; SEEDS=5 or 3,7,9; FRESH=1
+	@$(FMNIST) run $(EXP) $(foreach field,$(SET),--set '$(field)') $(if $(SEEDS),--seeds '$(SEEDS)') $(if $(FRESH),--fresh)
 
 show: setup  ## print what an experiment would do: make show EXP=epochs-40
 	@$(FMNIST) show $(EXP) $(foreach field,$(SET),--set '$(field)')
@@ -45,15 +45,29 @@ test-slow: data  ## the tests that start servers, kill processes or damage store
 check: setup  ## lint, types, formatting, the JSON Schema of the experiments
 	@.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy && .venv/bin/python tools/schema.py
 
-bench: data  ## time a run against the same run with --no-sync, side by side
+bench: .venv-bench  ## the whole job by this package and by what one would use instead, side by side; half an hour or more
+	@.venv-bench/bin/python benchmarks/whole_job.py
+
+bench-step: .venv-bench  ## a step on one core beside autograd, compilation, JAX and its own matrix products; some minutes
+	@.venv-bench/bin/python benchmarks/step.py
+
+bench-scaling: data  ## how cost grows with epochs, runs and workers; an hour
+	@.venv/bin/python benchmarks/scaling.py
+
+bench-record: data  ## what recording costs: a run beside the same with --no-sync
 	@.venv/bin/python benchmarks/whole_run.py
+
+.PHONY: .venv-bench
+.venv-bench: data
+	@$(PYTHON) tools/bootstrap.py .venv-bench requirements-bench.lock
 
 soak: data  ## 300 kill -9s, server outages and a crowd of runs, every result compared; most of an hour (SHORT=1: minutes)
 	@.venv/bin/python benchmarks/survival.py $(if $(SHORT),--kills 15 --per-phase 2)
 	@.venv/bin/python benchmarks/outages.py $(if $(SHORT),--repeats 1 --set train.epochs=8)
 
-lock: setup  ## compile requirements.lock anew from pyproject.toml (needs uv)
+lock: setup  ## compile the lock files anew from pyproject.toml (needs uv)
 	@uv pip compile --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 --extra dev pyproject.toml -o requirements.lock
+	@uv pip compile --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 -c requirements.lock pyproject.toml benchmarks/requirements.in -o requirements-bench.lock
 
 clean:  ## remove .venv and caches; never mlruns/ or data/
-	@rm -rf .venv .venv.lock build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info && find . -name __pycache__ -not -path './data/*' -not -path './mlruns/*' -prune -exec rm -rf {} +
+	@rm -rf .venv .venv.lock .venv-bench .venv-bench.lock build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info && find . -name __pycache__ -not -path './data/*' -not -path './mlruns/*' -prune -exec rm -rf {} +

@@ -37,9 +37,9 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def bootstrap(project: Path) -> "subprocess.Popen[str]":
-    python = getattr(sys, "_base_executable", sys.executable)
-    return subprocess.Popen([python, str(project / "tools" / "bootstrap.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def bootstrap(project: Path, *arguments: str) -> "subprocess.Popen[str]":
+    command = [getattr(sys, "_base_executable", sys.executable), str(project / "tools" / "bootstrap.py"), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
@@ -89,6 +89,14 @@ def test_failed_install_is_told_and_leaves_no_stamp(project: Path) -> None:
     assert code == 1
     assert "run the same command again" in text
     assert not (project / ".venv" / "stamp").exists()
+
+
+def test_another_environment_stands_beside_it(project: Path) -> None:
+    (project / "requirements-bench.lock").write_text("# nothing\n")
+    code, text = finish(bootstrap(project, ".venv-bench", "requirements-bench.lock"))
+    assert (code, text.split(" (once")[0]) == (0, "Building .venv-bench from requirements-bench.lock")
+    assert (project / ".venv-bench" / "stamp").exists()
+    assert not (project / ".venv").exists()
 
 
 def test_other_python_is_refused_in_one_line(project: Path) -> None:

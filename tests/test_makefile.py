@@ -26,8 +26,13 @@ def test_fields_become_overrides(tmp_path: Path) -> None:
     assert ".venv/bin/fmnist run epochs-40 --set 'optimizer.lr=0.01' --set 'model.hidden=[64,32]'" in shown
 
 
+def test_seeds_and_fresh_are_passed_on(tmp_path: Path) -> None:
+    assert ".venv/bin/fmnist run baseline  --seeds '3,7'" in make(tmp_path, "-n", "run", "SEEDS=3,7")
+    assert make(tmp_path, "-n", "run", "FRESH=1").rstrip().endswith("run baseline   --fresh")
+
+
 def test_set_up_comes_first(tmp_path: Path) -> None:
-    for target in ("data", "run", "show", "list", "ui", "report", "sync", "test", "check", "bench"):
+    for target in ("data", "run", "show", "list", "ui", "report", "sync", "test", "check", "bench", "bench-step"):
         assert "tools/bootstrap.py" in make(tmp_path, "-n", target).splitlines()[0]
 
 

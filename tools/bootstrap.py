@@ -1,5 +1,8 @@
 """Build .venv from requirements.lock, whole or not at all; standard library only, since it runs before anything is installed.
 
+    python tools/bootstrap.py                                       # what `make` calls first
+    python tools/bootstrap.py .venv-bench requirements-bench.lock   # another environment, for `make bench`
+
 Two of these at once are safe: the second waits for the lock, then finds the work done. One that is cut short
 leaves no stamp, so the next one starts afresh.
 """
@@ -13,7 +16,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
+NAME, LOCK = sys.argv[1:3] or (".venv", "requirements.lock")
+VENV = ROOT / NAME
 STAMP = VENV / "stamp"
 OLDEST, NEWEST = (3, 11), (3, 13)
 NEEDED_GB = 8  # 6 GB stay; pip unpacks a wheel beside its download
@@ -28,7 +32,7 @@ def fingerprint():
     import tomllib  # not before the version is known to be recent enough
 
     digest = hashlib.sha256(repr((sys.version_info[:3], sys.base_prefix, str(ROOT))).encode())
-    digest.update((ROOT / "requirements.lock").read_bytes())
+    digest.update((ROOT / LOCK).read_bytes())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     digest.update(json.dumps(project, sort_keys=True).encode())
     return digest.hexdigest()
@@ -45,12 +49,12 @@ def build(expected):
     free_gb = shutil.disk_usage(ROOT).free / 1e9
     if free_gb < NEEDED_GB:
         stop("%.1f GB are free in %s, about %d GB are needed: free some space and run the same command again" % (free_gb, ROOT, NEEDED_GB))
-    print("Building .venv from requirements.lock (once; some 6 GB, a few minutes) ...", flush=True)
+    print("Building %s from %s (once; some 6 GB, a few minutes) ..." % (NAME, LOCK), flush=True)
     python = str(VENV / "bin" / "python")
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
     steps = (
         [interpreter, "-m", "venv", str(VENV)],
-        pip + ["--require-hashes", "-r", str(ROOT / "requirements.lock")],
+        pip + ["--require-hashes", "-r", str(ROOT / LOCK)],
         # The lock holds the build backend, so nothing is fetched here and nothing is resolved.
         pip + ["--no-deps", "--no-build-isolation", "--editable", str(ROOT)],
     )
@@ -71,7 +75,7 @@ def main():
     expected = fingerprint()
     if is_whole(expected):
         return
-    with open(ROOT / ".venv.lock", "w") as lock:
+    with open(ROOT / (NAME + ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not is_whole(expected):
             build(expected)
