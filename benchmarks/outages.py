@@ -22,7 +22,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from fmnist import journal, tracking
+from fmnist import state, tracking
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUTAGES = 3
@@ -104,7 +104,7 @@ def outages(repeats: int, overrides: list[str]) -> bool:
             for repeat in range(-1, repeats):
                 calm = outcome_of(start(overrides))
                 process = start(overrides)
-                while not any(folder_.carried.get("offset") for folder_ in journal.state_folders(folder)):
+                while not any(folder_.carried.get("offset") for folder_ in state.state_folders(folder)):
                     time.sleep(0.1)
                 for _ in range(OUTAGES):
                     server.stop()

@@ -29,13 +29,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from fmnist import checkpoint, journal, tracking
+from fmnist import checkpoint, tracking
 from fmnist import spec as specs
+from fmnist.state import StateFolder, carrier_lock, is_locked, state_folder, state_folders
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SPEC = ["data.holdout=1000", "model.hidden=[32]", "train.epochs=3", "train.eval_every=200"]
 # The command itself, but for how often it saves: a run of seconds is to have dozens of checkpoints to be hit.
-COMMAND = "from fmnist import cli, runner; runner.CHECKPOINT_S, runner.CHECKPOINT_SHARE = 0.05, 0; cli.main()"
+COMMAND = "from fmnist import cli, training; training.CHECKPOINT_S, training.CHECKPOINT_SHARE = 0.05, 0; cli.main()"
 PHASES = ("start-up", "segment", "checkpoint", "store", "end")
 FIGURES = ("figures/learning_curves.png", "figures/confusion_matrix.png")
 
@@ -54,21 +55,21 @@ class Home:
         with open(self.folder / "trainer.log", "ab") as log:
             return subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], stdout=log, stderr=log)
 
-    def state(self) -> journal.StateFolder | None:
-        folders = journal.state_folders(self.folder)
+    def state(self) -> StateFolder | None:
+        folders = state_folders(self.folder)
         return folders[-1] if folders else None
 
     def path(self) -> Path | None:
         """Where that folder is; cheap enough to ask a thousand times a second beside what is measured."""
         with contextlib.suppress(OSError):
-            names = [name for name in os.listdir(journal.state_folder(self.folder)) if not name.startswith(".")]
-            return journal.state_folder(self.folder) / names[-1] if names else None
+            names = [name for name in os.listdir(state_folder(self.folder)) if not name.startswith(".")]
+            return state_folder(self.folder) / names[-1] if names else None
         return None
 
     def sidecar(self) -> int | None:
-        lock = journal.carrier_lock(self.folder)
+        lock = carrier_lock(self.folder)
         with contextlib.suppress(OSError, ValueError):
-            return int(lock.read_text()) if journal.is_locked(lock) else None
+            return int(lock.read_text()) if is_locked(lock) else None
         return None
 
     def wait(self, trainer: "subprocess.Popen[bytes]", condition: Callable[[], object], seconds: float = 60) -> bool:
@@ -83,7 +84,7 @@ class Home:
         return False
 
 
-def behind(state: journal.StateFolder | None) -> bool:
+def behind(state: StateFolder | None) -> bool:
     """Whether the journal holds more than its carrier has noted as sent."""
     if state is None or not state.path.exists():
         return False
@@ -130,7 +131,7 @@ def kill_in(home: Home, target: str, trainer: "subprocess.Popen[bytes]", began: 
     return phase_of(home.state(), victim, began)
 
 
-def phase_of(state: journal.StateFolder | None, victim: str, began: float) -> str:
+def phase_of(state: StateFolder | None, victim: str, began: float) -> str:
     """Where a process was when it was killed, by what it left."""
     if state is None:
         return "start-up"
@@ -151,18 +152,18 @@ def phase_of(state: journal.StateFolder | None, victim: str, began: float) -> st
 
 def can_go_on(path: Path) -> bool:
     with contextlib.suppress(OSError):
-        return journal.StateFolder.at(path).resumable
+        return StateFolder.at(path).resumable
     return False  # its sidecar has taken it away
 
 
 def run_until_done(home: Home, wanted: Callable[[], str | None], count: Callable[[str], None]) -> None:
-    """One run: started, killed and started again while kills are wanted, then left to finish."""
+    """One run: started, killed and started again while kills are wanted (of this run at most 30), then left to finish."""
     begun: Path | None = None
-    for _ in range(40):
+    for attempt in range(40):
         began, trainer = time.time(), home.start()
         if begun is not None:
             (begun / "checkpoint.pt.partial").unlink(missing_ok=True)
-        target = wanted()
+        target = wanted() if attempt < 30 else None
         if target is not None and (hit := kill_in(home, target, trainer, began)) is not None:
             count(hit)
         if trainer.wait(timeout=300) == 0:

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from fmnist import journal, tracking
+from fmnist import journal, state, tracking
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -58,7 +58,7 @@ def timed_run(home: Path, options: list[str], recorded: bool) -> tuple[float, fl
     if recorded:
         assert (outcome["status"], outcome["unsynced"]) == ("FINISHED", None), outcome
         return wall, None
-    folder = journal.state_folder(home) / outcome["key"]
+    folder = state.state_folder(home) / outcome["key"]
     first = next(record for record in journal.read(folder / "journal")[0] if record.kind == "train")
     shutil.rmtree(folder)
     return wall, first.fields["t0"] / 1000 - began
@@ -66,7 +66,7 @@ def timed_run(home: Path, options: list[str], recorded: bool) -> tuple[float, fl
 
 def stop_sidecar(home: Path) -> None:
     with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
-        pid = int(journal.carrier_lock(home).read_text())
+        pid = int(state.carrier_lock(home).read_text())
         os.kill(pid, signal.SIGTERM)
         while True:
             os.kill(pid, 0)

@@ -3,29 +3,29 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fmnist import experiments, journal
+from fmnist import experiments, journal, state
 from fmnist import spec as specs
 from fmnist.errors import FmnistError, UserError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fmnist.runner import Outcome, Training
+    from fmnist.runner import Context
+    from fmnist.training import Outcome, Training
 
 app = typer.Typer(
     help="Train, record and compare runs of one small model on Fashion-MNIST.",
@@ -35,6 +35,7 @@ app = typer.Typer(
 )
 
 UI_START_S = 60
+MOST_SEEDS = 1_000
 
 
 def main() -> None:
@@ -53,8 +54,12 @@ def _tell(text: str) -> None:
     print("\n".join(f"fmnist: {line}" if not line.startswith(" ") else line for line in text.splitlines()), file=sys.stderr, flush=True)
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+def _answer(value: dict[str, Any], lines: Iterable[str], as_json: bool, exit_code: int = 0) -> None:
+    """What a command found: one JSON object, or lines for people."""
+    for line in [json.dumps(value, indent=2, ensure_ascii=False)] if as_json else lines:
+        print(line)
+    if exit_code:
+        raise typer.Exit(exit_code)
 
 
 def _complete_experiment(incomplete: str) -> list[str]:
@@ -76,6 +81,7 @@ NoSync = Annotated[bool, typer.Option("--no-sync", help="Leave the run on disk f
 def run(
     exp: Annotated[str | None, EXPERIMENT] = None,
     overrides: Overrides = [],
+    seeds: Annotated[str | None, typer.Option(metavar="N|LIST", help="One run for each of the seeds 0 to N-1, or of a list: 3,7,9")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew; an interrupted run of the same spec is given up.")] = False,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue this interrupted run, by its key or MLflow id.")] = None,
     no_sync: NoSync = False,
@@ -83,20 +89,34 @@ def run(
 ) -> None:
     """Train an experiment and record it; an interrupted run of the same spec is continued."""
     root = specs.home()
-    folder = None if resume is None else journal.find(root, resume)
+    folder = None if resume is None else state.find(root, resume)
     if fresh and resume:
         raise UserError("--fresh starts anew and --resume goes on; give one of the two")
+    if resume and (seeds or (overrides and exp is None)):
+        raise UserError("--resume goes on with a run as it was begun; leave --seeds and --set out")
     if exp is not None:
-        resolved = experiments.load(exp, overrides, root)
+        wanted = [experiments.load(exp, [*overrides, *seed], root) for seed in _seeds(seeds)]
     elif folder is not None:
-        resolved = experiments.Resolved(folder.spec, folder.spec.name, {}, ())
+        wanted = [experiments.Resolved(folder.spec, folder.spec.name, {}, ())]
     else:
         raise UserError("EXP is missing: the name of an experiment (`fmnist list` shows them), or --resume RUN")
     from fmnist import runner
 
-    with _display(resolved.display_name, resolved.spec, as_json) as watch:
-        outcome = runner.run(resolved, runner.Context(root, not no_sync, _tell, watch), fresh, folder)
-    _summarise(outcome, as_json)
+    _train(lambda context: runner.run(wanted, context, fresh, folder), no_sync, as_json, many=seeds is not None)
+
+
+def _seeds(text: str | None) -> list[list[str]]:
+    """The overrides that set the seed, for each run that --seeds asks for."""
+    if text is None:
+        return [[]]
+    if not re.fullmatch(r"\d{1,10}(,\d{1,10})*,?", text) or text == "0":
+        raise UserError(
+            f"--seeds: given {specs.shorten(text)}; give how many, as in 5 for the seeds 0 to 4, or which, as in 3,7,9 (one: 3,)"
+        )
+    seeds = [int(seed) for seed in text.rstrip(",").split(",")] if "," in text else range(int(text))
+    if len(seeds) > MOST_SEEDS or len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds: given {specs.shorten(text)}; give at most {MOST_SEEDS:,} seeds, none of them twice")
+    return [[f"train.seed={seed}"] for seed in seeds]
 
 
 @app.command()
@@ -109,13 +129,8 @@ def extend(
     """Train a finished run on, as a new run that begins with its steps."""
     from fmnist import runner
 
-    with (
-        _recorded(run, "FINISHED", runner.ARTIFACTS) as (found, folder),
-        _display(f"{found['name']} epochs={epochs}", None, as_json) as watch,
-    ):
-        context = runner.Context(specs.home(), not no_sync, _tell, watch)
-        outcome = runner.extend(folder, found["run_id"], found["name"], epochs, context)
-    _summarise(outcome, as_json)
+    with _recorded(run, "FINISHED", runner.ARTIFACTS) as (found, folder):
+        _train(lambda context: [runner.extend(folder, found["run_id"], found["name"], epochs, context)], no_sync, as_json)
 
 
 @app.command()
@@ -129,16 +144,12 @@ def verify(
 
     with _recorded(run, None, verification.ARTIFACTS) as (found, folder):
         result = verification.verify(folder, specs.home(), steps, _tell)
-    if as_json:
-        _print_json({"run_id": found["run_id"], **dataclasses.asdict(result)})
-    else:
-        compared = f"{result.steps:,} steps, {result.evaluations} evaluations{' and the weights' if result.weights else ''}"
-        print(f"{found['name']} ({found['run_id']}): {compared} trained again")
-        parted = f"NOT equal. First {result.unequal[0]}; largest {verification.largest(result.unequal)}" if result.unequal else None
-        print(parted or "equal, bit for bit")
-        for key, change in result.environment.items():
-            print(f"environment: {key} {change}")
-    raise typer.Exit(1 if result.unequal else 0)
+    compared = f"{result.steps:,} steps, {result.evaluations} evaluations{' and the weights' if result.weights else ''}"
+    lines = [f"{found['name']} ({found['run_id']}): {compared} trained again", "equal, bit for bit"]
+    if result.unequal:
+        lines[-1] = f"NOT equal. First {result.unequal[0]}; largest {verification.largest(result.unequal)}"
+    lines += [f"environment: {key} {change}" for key, change in result.environment.items()]
+    _answer({"run_id": found["run_id"], **dataclasses.asdict(result)}, lines, as_json, 1 if result.unequal else 0)
 
 
 @contextmanager
@@ -155,55 +166,57 @@ def _recorded(text: str, status: str | None, artifacts: "Sequence[str]") -> "Ite
         yield found.iloc[0], Path(folder)
 
 
-@contextmanager
-def _display(name: str, spec: specs.ExperimentSpec | None, quiet: bool) -> "Iterator[Callable[[Training], None]]":
-    """A live line of progress on a terminal, nothing elsewhere."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda training: None
-        return
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+def _train(start: "Callable[[Context], list[Outcome]]", no_sync: bool, as_json: bool, many: bool = False) -> None:
+    """Train, show how it goes, and tell how each run ended; exits with the worst of their codes."""
+    from fmnist import runner, tracking
 
-    shown = "ep {task.fields[epoch]:.1f} loss {task.fields[loss]} acc {task.fields[accuracy]} val {task.fields[val]} {task.fields[rate]}"
-    columns = (MofNCompleteColumn(), TextColumn(shown), TimeRemainingColumn())  # no bar: all of it fits 80 characters
-    unknown: dict[str, Any] = {"epoch": 0.0, "loss": "-", "accuracy": "-", "val": "-", "rate": "- steps/s"}
-    with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(name, total=spec.steps if spec else None, **unknown)
+    with _display(as_json) as watch:
+        outcomes = start(runner.Context(specs.home(), not no_sync, _tell, watch))
+    for outcome in outcomes:
+        if outcome.reason and not as_json:
+            _tell(outcome.reason)
+    links = [tracking.page(outcome.experiment_id or "", outcome.run_id or "") if outcome.run_id else None for outcome in outcomes]
+    lines = [line for outcome, link in zip(outcomes, links, strict=True) for line in _told(outcome, link)]
+    if any(outcome.status == "FINISHED" for outcome in outcomes):
+        lines += ["next: `make report` draws it beside the other runs; `fmnist list` shows what else there is to run"]
+    values = [{**dataclasses.asdict(outcome), "link": link} for outcome, link in zip(outcomes, links, strict=True)]
+    _answer({"runs": values} if many else values[0], lines, as_json, max(outcome.exit_code for outcome in outcomes))
+
+
+def _told(outcome: "Outcome", link: str | None) -> "Iterator[str]":
+    """How a run ended, in words."""
+    if outcome.metrics:
+        yield from (outcome.name, *journal.in_words(vars(outcome)))
+    rate = f" ({outcome.steps / outcome.training_s:,.0f} steps/s)" if outcome.training_s else ""
+    yield f"{outcome.status}: {outcome.steps:,} steps in {outcome.training_s:.1f} s{rate}, {outcome.total_s:.1f} s in all"
+    if outcome.resumable:
+        yield f"the same command continues it, or: fmnist run --resume {outcome.key}"
+    if outcome.unsynced:
+        yield f"not in MLflow yet: {outcome.unsynced}; `fmnist sync` carries it over"
+    if link:
+        yield f"run {outcome.run_id}: {link}" + ("" if specs.tracking_server() else "  (after `make ui`)")
+
+
+@contextmanager
+def _display(quiet: bool) -> "Iterator[Callable[[Training], None]]":
+    """A live line of progress on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())  # no bar: all of it fits 80 characters
+    with Progress(*columns, console=Console(stderr=True), disable=quiet or not sys.stderr.isatty()) as progress:
+        task = progress.add_task("", total=None)
 
         def watch(training: "Training") -> None:
-            fields: dict[str, Any] = {"epoch": training.step / training.spec.steps_per_epoch}
+            told = [f"ep {training.step / training.spec.steps_per_epoch:.1f}"]
             if training.curves is not None:
-                fields |= {name: f"{training.curves[name][-200:].mean():.3f}" for name in ("loss", "accuracy")}
-                fields["rate"] = f"{training.step / max(training.outcome.training_s, 1e-9):,.0f} steps/s"
-            fields["val"] = "{1:.3f} {2:.3f}".format(*training.evaluations[-1])
-            bar.update(task, completed=training.step, total=training.spec.steps, **fields)
+                told += ["loss {:.3f} acc {:.3f}".format(*(training.curves[name][-200:].mean() for name in ("loss", "accuracy")))]
+            told += ["val {1:.3f} {2:.3f}".format(*training.evaluations[-1])]
+            if training.outcome.training_s:
+                told += [f"{training.step / training.outcome.training_s:,.0f} steps/s"]
+            progress.update(task, completed=training.step, total=training.spec.steps, description=" ".join(told))
 
         yield watch
-
-
-def _summarise(outcome: "Outcome", as_json: bool) -> None:
-    from fmnist import tracking
-
-    link = tracking.page(outcome.experiment_id, outcome.run_id) if outcome.experiment_id and outcome.run_id else None
-    if as_json:
-        _print_json({**dataclasses.asdict(outcome), "link": link})
-        raise typer.Exit(outcome.exit_code)
-    lines = [outcome.name, *journal.in_words(vars(outcome))] if outcome.metrics else []
-    rate = f" ({outcome.steps / outcome.training_s:,.0f} steps/s)" if outcome.training_s else ""
-    if outcome.reason:
-        _tell(outcome.reason)
-    lines += [f"{outcome.status}: {outcome.steps:,} steps in {outcome.training_s:.1f} s{rate}, {outcome.total_s:.1f} s in all"]
-    if outcome.resumable:
-        lines += [f"the same command continues it, or: fmnist run --resume {outcome.key}"]
-    if outcome.unsynced:
-        lines += [f"not in MLflow yet: {outcome.unsynced}; `fmnist sync` carries it over"]
-    if link:
-        lines += [f"run {outcome.run_id}: {link}" + ("" if specs.tracking_server() else "  (after `make ui`)")]
-    if outcome.status == "FINISHED":
-        lines += ["next: `make report` draws it beside the other runs; `fmnist list` shows what else there is to run"]
-    print("\n".join(lines))
-    raise typer.Exit(outcome.exit_code)
 
 
 # ---- show, list
@@ -213,36 +226,27 @@ def _summarise(outcome: "Outcome", as_json: bool) -> None:
 def show(exp: Annotated[str, EXPERIMENT], overrides: Overrides = [], as_json: Json = False) -> None:
     """Print the resolved spec, where each value comes from, and what the run would do."""
     resolved = experiments.load(exp, overrides)
-    spec, would = resolved.spec, _plan_summary(resolved.spec)
-    if as_json:
-        identity = {"fingerprint": spec.fingerprint, "group": spec.group}
-        _print_json({"spec": spec.model_dump(mode="json"), "origins": resolved.origins, **identity, "plan": would})
-        return
-    flat = spec.flat()
-    wide, widest = (max(map(len, flat)), max(len(json.dumps(value)) for path, value in flat.items() if path != "question"))
-    for path, value in flat.items():
-        origin = resolved.origins.get(path, "the file's name" if path == "name" else "default")
-        print(f"{path:<{wide}}  {json.dumps(value, ensure_ascii=False):<{widest}}  {origin}")
-    print()
-    for label, value in would.items():
-        print(f"{label.replace('_', ' '):<{wide}}  {value:,}")
-    print(f"{'fingerprint':<{wide}}  {spec.fingerprint[:16]}  group {spec.group[:16]}")
-
-
-def _plan_summary(spec: specs.ExperimentSpec) -> dict[str, int]:
-    segments = specs.plan(spec)
-    evaluations = sum(segment.evaluate for segment in segments)
-    # At an evaluation: val/loss, val/accuracy, epoch, and train/lr but for step 0. Once, at the end: best/* (3), last/* (2), test/* (2).
-    points = 2 * len(spec.logged_steps()) + 4 * evaluations - 1 + (5 if spec.data.holdout is None else 7)
-    return {
+    spec = resolved.spec
+    evaluations = sum(segment.evaluate for segment in specs.plan(spec))
+    would = {
         "training_images": spec.train_images,
         "validation_images": spec.validation_images,
         "steps_per_epoch": spec.steps_per_epoch,
         "steps": spec.steps,
         "evaluations": evaluations,
         "parameters": spec.model.parameters,
-        "points_logged": points,
+        # At an evaluation: val/loss, val/accuracy, epoch, and train/lr but for step 0. Once, at the end: best/* (3), last/* (2), test/* (2).
+        "points_logged": 2 * len(spec.logged_steps()) + 4 * evaluations - 1 + (5 if spec.data.holdout is None else 7),
     }
+    flat, origins = spec.flat(), {"name": "the file's name", **resolved.origins}
+    wide, widest = (max(map(len, flat)), max(len(json.dumps(value)) for path, value in flat.items() if path != "question"))
+    lines = [
+        f"{path:<{wide}}  {json.dumps(value, ensure_ascii=False):<{widest}}  {origins.get(path, 'default')}" for path, value in flat.items()
+    ]
+    lines += ["", *(f"{label.replace('_', ' '):<{wide}}  {value:,}" for label, value in would.items())]
+    lines += [f"{'fingerprint':<{wide}}  {spec.fingerprint[:16]}  group {spec.group[:16]}"]
+    identity = {"fingerprint": spec.fingerprint, "group": spec.group}
+    _answer({"spec": spec.model_dump(mode="json"), "origins": resolved.origins, **identity, "plan": would}, lines, as_json)
 
 
 @app.command("list")
@@ -250,22 +254,19 @@ def list_experiments(as_json: Json = False) -> None:
     """List the experiments with their questions."""
     root = specs.home()
     _look_after(root)
-    rows = []
-    for name in experiments.names(root):
+    names = experiments.names(root)
+    if not names and not as_json:
+        raise UserError(f"no experiments in {root / 'experiments'}; FMNIST_HOME names the folder that holds experiments/")
+    rows, lines, wide = [], [], max(map(len, names), default=0)
+    for name in names:
         try:
             spec = experiments.load(name, root=root).spec
             rows.append({"name": name, "steps": spec.steps, "question": spec.question, "error": None})
+            lines.append(f"{name:<{wide}}  {spec.steps:>9,} steps  {spec.question}")
         except UserError as error:
             rows.append({"name": name, "steps": None, "question": "", "error": str(error)})
-    if as_json:
-        _print_json({"experiments": rows})
-        return
-    if not rows:
-        raise UserError(f"no experiments in {root / 'experiments'}; FMNIST_HOME names the folder that holds experiments/")
-    wide = max(len(str(row["name"])) for row in rows)
-    for row in rows:
-        about = f"BROKEN: {row['error']}" if row["error"] else f"{row['steps']:>9,} steps  {row['question']}"
-        print(f"{row['name']:<{wide}}  {about}")
+            lines.append(f"{name:<{wide}}  BROKEN: {error}")
+    _answer({"experiments": rows}, lines, as_json)
 
 
 # ---- data, sync, doctor, report
@@ -273,12 +274,12 @@ def list_experiments(as_json: Json = False) -> None:
 
 def _look_after(root: Path) -> None:
     """Tell of runs that stopped midway, and see to it that what isn't in MLflow yet gets there."""
-    folders = journal.state_folders(root)
+    folders = state.state_folders(root)
     for folder in folders:
         if folder.resumable:
             _tell(f"{folder.path.name} was interrupted; the same `fmnist run`, or `fmnist run --resume {folder.path.name}`, continues it")
     if any(not folder.carried.get("closed") and folder.run["store"] == specs.store_name() for folder in folders):
-        journal.start_carrier(root)
+        state.start_carrier(root)
 
 
 @app.command()
@@ -287,24 +288,20 @@ def doctor(as_json: Json = False) -> None:
     from fmnist import doctor as doctors
 
     found = list(doctors.findings(specs.home()))
-    if as_json:
-        _print_json({"findings": [dataclasses.asdict(finding) for finding in found]})
-    for finding in [] if as_json else found:
-        print(f"{'ok' if finding.remedy is None else '!!'}  {finding.what}" + (f"\n      {finding.remedy}" if finding.remedy else ""))
-    raise typer.Exit(1 if any(finding.remedy for finding in found) else 0)
+    lines = [f"ok  {finding.what}" if finding.remedy is None else f"!!  {finding.what}\n      {finding.remedy}" for finding in found]
+    troubled = any(finding.remedy for finding in found)
+    _answer({"findings": [dataclasses.asdict(finding) for finding in found]}, lines, as_json, 1 if troubled else 0)
 
 
 @app.command("data")
 def fetch_data(as_json: Json = False) -> None:
     """Fetch and verify Fashion-MNIST."""
-    root = specs.home()
     from fmnist import data
 
-    data.ensure(root, _tell)
-    if as_json:
-        _print_json({"folder": str(data.raw_folder(root)), "sha256": data.SHA256, "digest": data.DIGEST})
-    else:
-        print(f"Fashion-MNIST is whole in {data.raw_folder(root)} (4 files, SHA-256 checked)")
+    folder = data.raw_folder(specs.home())
+    data.ensure(specs.home(), _tell)
+    lines = [f"Fashion-MNIST is whole in {folder} (4 files, SHA-256 checked)"]
+    _answer({"folder": str(folder), "sha256": data.SHA256, "digest": data.DIGEST}, lines, as_json)
 
 
 @app.command()
@@ -313,11 +310,8 @@ def sync(as_json: Json = False) -> None:
     from fmnist import sidecar
 
     done = sidecar.sync(specs.home(), _tell if as_json else print)
-    if as_json:
-        _print_json({"runs": done})
-    elif not done:
-        print("nothing to carry over: every run is in MLflow")
-    raise typer.Exit(1 if any(run["error"] for run in done) else 0)
+    lines = [] if done else ["nothing to carry over: every run is in MLflow"]
+    _answer({"runs": done}, lines, as_json, 1 if any(run["error"] for run in done) else 0)
 
 
 @app.command()
@@ -332,22 +326,18 @@ def report(
     root = specs.home()
     _look_after(root)
     written = reports.write(tracking.connect(root), root / "reports", runs)
-    if as_json:
-        files = [str(path) for path in written.files]
-        _print_json(
-            {"runs": [dict(zip(written.columns, row, strict=True)) for row in written.rows], "files": files, "notes": written.notes}
-        )
-        return
-    from rich.console import Console
-    from rich.table import Table
+    if not as_json:
+        from rich.console import Console
+        from rich.table import Table
 
-    table = Table(*written.columns)
-    for row in written.rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
-    for note in written.notes:
-        print(f"note: {note}")
-    print(f"{len(written.files)} files in {root / 'reports'}; begin with overlay.png and runs.md")
+        table = Table(*written.columns)
+        for row in written.rows:
+            table.add_row(*row)
+        Console(width=None if sys.stdout.isatty() else 200).print(table)
+    rows = [dict(zip(written.columns, row, strict=True)) for row in written.rows]
+    lines = [f"note: {note}" for note in written.notes]
+    lines += [f"{len(written.files)} files in {root / 'reports'}; begin with overlay.png and runs.md"]
+    _answer({"runs": rows, "files": [str(path) for path in written.files], "notes": written.notes}, lines, as_json)
 
 
 # ---- ui
@@ -363,41 +353,38 @@ def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)
         raise UserError(
             f"the runs are recorded at MLFLOW_TRACKING_URI: open {specs.redacted(address)} in a browser, or unset it for the local store"
         )
-    if not _is_free(port):
-        other = next(candidate for candidate in (*range(port + 1, 65536), *range(1024, port)) if _is_free(candidate))
-        raise UserError(f"port {port} on 127.0.0.1 is taken, perhaps by another `make ui`; port {other} is free: make ui PORT={other}")
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            free = listener.getsockname()[1]
+        raise UserError(
+            f"port {port} on 127.0.0.1 is taken, perhaps by another `make ui`; port {free} is free: make ui PORT={free}"
+        ) from None
     _look_after(root)
     experiment_id = tracking.connect(root, create=True).experiment(specs.Tracking().experiment)
     for ending in (signal.SIGINT, signal.SIGTERM):  # the server must not outlive us; a shell's `&` has SIGINT ignored
         signal.signal(ending, signal.default_int_handler)
     log = root / "mlruns" / "ui.log"
-    with open(log, "wb") as output:
-        server = subprocess.Popen(
-            tracking.server_command(root, port), env={**os.environ, **tracking.SETTINGS}, stdout=output, stderr=output, cwd=root
-        )
-    try:
-        _wait_until_up(server, port, log)
-        print(f"the runs: {tracking.page(experiment_id, port=port)}")
-        print(f"Ctrl-C stops it; from another machine: ssh -L {port}:127.0.0.1:{port} HOST", flush=True)
-        server.wait()
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def _is_free(port: int) -> bool:
-    with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-        return True
-    return False
+    command, environment = tracking.server_command(root, port), {**os.environ, **tracking.SETTINGS}
+    with open(log, "wb") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=root) as server:
+        try:
+            _wait_until_up(server, port, log)
+            print(f"the runs: {tracking.page(experiment_id, port=port)}")
+            print(f"Ctrl-C stops it; from another machine: ssh -L {port}:127.0.0.1:{port} HOST", flush=True)
+            server.wait()
+        finally:
+            server.terminate()
+            server.wait()
 
 
 def _wait_until_up(server: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
+    from urllib.request import urlopen
+
     deadline = time.monotonic() + UI_START_S
     while time.monotonic() < deadline and server.poll() is None:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+        with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
             return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
+        time.sleep(0.2)
     last = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
     raise UserError(f"the MLflow server did not come up: {last} (all of it: {log})")

@@ -3,7 +3,6 @@
 Shapes: N images, B batch, P = 784 pixels.
 """
 
-import contextlib
 import fcntl
 import gzip
 import hashlib
@@ -36,6 +35,13 @@ MEAN, STD = 0.28604, 0.35302
 
 SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
+DEBIAN_SCRIPT = """
+mkdir -p lists/partial cache/archives/partial
+own="-oDir::State::lists=$PWD/lists -oDir::Cache=$PWD/cache"
+apt-get -q download "$1" || { apt-get -q $own update; apt-get -q $own download "$1"; }
+dpkg-deb -x ./*.deb package
+"""
+"""The system's package list may be empty or old: then one of our own, which needs no root."""
 DOWNLOAD_TIMEOUT_S = 30
 
 
@@ -53,42 +59,22 @@ def _torchvision(into: Path) -> None:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torchvision sets none, and a dead proxy would hang it for ever
     try:
-        FashionMNIST(str(into), download=True)
+        FashionMNIST(into, download=True)
     finally:
         socket.setdefaulttimeout(before)
 
 
-def _system_folder(into: Path) -> None:
-    files = sorted(SYSTEM_FOLDER.glob("*ubyte*"))
-    if not files:
-        raise FileNotFoundError(f"{SYSTEM_FOLDER} holds no such files")
-    for file in files:
-        shutil.copy(file, into)
-
-
 def _debian_package(into: Path) -> None:
-    private = [f"-oDir::State::lists={into}/lists", f"-oDir::Cache={into}/cache"]
-    (into / "lists" / "partial").mkdir(parents=True)
-    (into / "cache" / "archives" / "partial").mkdir(parents=True)
-    try:
-        _command("apt-get", "-q", "download", DEBIAN_PACKAGE, cwd=into)
-    except RuntimeError:  # the system's package list may be empty or old: refresh one of our own, which needs no root
-        _command("apt-get", "-q", *private, "update", cwd=into)
-        _command("apt-get", "-q", *private, "download", DEBIAN_PACKAGE, cwd=into)
-    package = next(into.glob("*.deb"))
-    _command("dpkg-deb", "-x", str(package), str(into / "package"), cwd=into)
-
-
-def _command(*command: str, cwd: Path) -> None:
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600)
+    command = ["sh", "-ec", DEBIAN_SCRIPT, "sh", DEBIAN_PACKAGE]
+    result = subprocess.run(command, cwd=into, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600)
     if result.returncode != 0:
-        raise RuntimeError((result.stderr.strip().splitlines() or [f"{command[0]} failed"])[-1])
+        raise RuntimeError((result.stderr.strip().splitlines() or ["apt-get failed"])[-1])
 
 
-Source = tuple[str, Callable[[Path], None]]
+Source = tuple[str, Callable[[Path], object]]
 SOURCES: tuple[Source, ...] = (
     ("torchvision's download", _torchvision),
-    (str(SYSTEM_FOLDER), _system_folder),
+    (str(SYSTEM_FOLDER), lambda into: shutil.copytree(SYSTEM_FOLDER, into, dirs_exist_ok=True)),
     (f"the Debian package {DEBIAN_PACKAGE}", _debian_package),
 )
 
@@ -150,22 +136,16 @@ def _fetch(raw: Path, wanted: dict[str, str], say: Callable[[str], None], source
 
 def _take(folder: Path, raw: Path, wanted: dict[str, str]) -> None:
     """Verify the wanted files found anywhere below `folder`, decompressed or not; only then rename them into place."""
-    ready = []
     for name in wanted:
-        plain = next((path for path in folder.rglob(name) if path.is_file()), None)
-        if plain is None:
-            packed = next(folder.rglob(f"{name}.gz"), None)
-            if packed is None:
-                raise FileNotFoundError(f"it does not hold {name}")
-            plain = folder / f"{name}.unpacked"
-            with gzip.open(packed) as source, open(plain, "wb") as target:
-                shutil.copyfileobj(source, target)
-        actual = hashlib.sha256(plain.read_bytes()).hexdigest()
-        if actual != SHA256[name]:
+        found = next((path for path in folder.rglob(f"{name}*") if path.is_file() and path.suffix in ("", ".gz")), None)
+        if found is None:
+            raise FileNotFoundError(f"it does not hold {name}")
+        content = gzip.decompress(found.read_bytes()) if found.suffix == ".gz" else found.read_bytes()
+        if (actual := hashlib.sha256(content).hexdigest()) != SHA256[name]:
             raise ValueError(f"its {name} has SHA-256 {actual}, expected {SHA256[name]}")
-        ready.append((plain, raw / name))
-    for found, destination in ready:
-        found.replace(destination)
+        (folder / f".{name}").write_bytes(content)
+    for name in wanted:
+        (folder / f".{name}").replace(raw / name)
 
 
 # ---- the tensors
@@ -220,28 +200,21 @@ def load(spec: specs.Data, root: Path, device: torch.device, say: Callable[[str]
 
     images, labels = _read(root, "train")
     test_images, test_labels = _read(root, "t10k")
+    everything = np.arange(len(labels))
     test = split(test_images, test_labels, np.arange(len(test_labels)))
     if spec.holdout is None:
-        return Dataset(split(images, labels, np.arange(len(labels))), test, None)
-    kept, held_out = _stratified(labels, spec.holdout, spec.split_seed)
-    return Dataset(split(images, labels, kept), split(images, labels, held_out), test)
+        return Dataset(split(images, labels, everything), test, None)
+    from sklearn.model_selection import train_test_split
+
+    kept, held_out = train_test_split(everything, test_size=spec.holdout, random_state=spec.split_seed, stratify=labels)
+    return Dataset(split(images, labels, np.sort(kept)), split(images, labels, np.sort(held_out)), test)
 
 
 def _read(root: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
     """The images [N, P] and labels [N] of one file pair, both uint8; the digests were checked, so the headers are known."""
     raw = raw_folder(root)
-    with contextlib.ExitStack() as stack:
-        image_file = stack.enter_context(open(raw / f"{prefix}-images-idx3-ubyte", "rb"))
-        label_file = stack.enter_context(open(raw / f"{prefix}-labels-idx1-ubyte", "rb"))
-        images = np.fromfile(image_file, np.uint8)[16:].reshape(-1, specs.PIXELS)
-        return images, np.fromfile(label_file, np.uint8)[8:]
-
-
-def _stratified(labels: np.ndarray, holdout: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.model_selection import train_test_split
-
-    kept, held_out = train_test_split(np.arange(len(labels)), test_size=holdout, random_state=seed, stratify=labels)
-    return np.sort(kept), np.sort(held_out)
+    images = np.fromfile(raw / f"{prefix}-images-idx3-ubyte", np.uint8, offset=16)
+    return images.reshape(-1, specs.PIXELS), np.fromfile(raw / f"{prefix}-labels-idx1-ubyte", np.uint8, offset=8)
 
 
 def raw_images(root: Path, n: int) -> np.ndarray:

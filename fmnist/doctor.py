@@ -12,7 +12,8 @@ from pathlib import Path
 from fmnist import data, tracking
 from fmnist import spec as specs
 from fmnist.errors import UserError
-from fmnist.journal import StateFolder, is_locked, read, state_folder, state_folders
+from fmnist.journal import Recorded, read
+from fmnist.state import StateFolder, is_locked, state_folder, state_folders
 
 FREE_BYTES = 1_000_000_000
 
@@ -20,8 +21,7 @@ FREE_BYTES = 1_000_000_000
 @dataclass(frozen=True)
 class Finding:
     what: str
-    remedy: str | None = None
-    """What to do; None where all is well."""
+    remedy: str | None = None  # what to do; None where all is well
 
 
 def findings(root: Path) -> Iterator[Finding]:
@@ -34,18 +34,20 @@ def findings(root: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(root).free
     yield Finding(f"disk: {free / 1e9:.1f} GB free", None if free > FREE_BYTES else "make room: a run of 20 epochs takes 25 MB")
     yield from _store(root)
-    yield from _runs(root)
+    yield from map(describe, state_folders(root))
+    for path in state_folder(root).glob(".*"):
+        if not is_locked(path / "lock"):
+            yield Finding(f"left over by a process that was killed: {path}", f"rm -r {path}")
 
 
 def _environment(repository: Path) -> Iterator[Finding]:
     lock = repository / "requirements.lock"
     if not lock.exists():
         return
-    locked: dict[str, set[str]] = {}  # one or several versions of each, for one Python or another
-    for name, version in re.findall(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", lock.read_text(encoding="utf-8"), re.MULTILINE):
-        locked.setdefault(name, set()).add(version)
+    pins = set(re.findall(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", lock.read_text(encoding="utf-8"), re.MULTILINE))
+    locked = {name for name, _ in pins}  # some have several pins, for one Python or another
     installed = {distribution.name.lower().replace("_", "-"): distribution.version for distribution in importlib.metadata.distributions()}
-    wrong = [f"{name} {installed[name]}" for name, versions in locked.items() if name in installed and installed[name] not in versions]
+    wrong = sorted(f"{name} {version}" for name, version in installed.items() if name in locked and (name, version) not in pins)
     absent = [name for name in ("torch", "mlflow-skinny", "pandas", "matplotlib") if name not in installed]
     if wrong or absent:
         yield Finding(f"environment: not as requirements.lock has it: {', '.join(wrong + absent)}", "make clean setup")
@@ -66,37 +68,23 @@ def _store(root: Path) -> Iterator[Finding]:
             with contextlib.closing(sqlite3.connect(tracking.database(root))) as connection:
                 damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if damage != "ok":
-                yield Finding(
-                    f"store: {tracking.database(root)} is damaged: {damage}",
-                    "restore it from a copy, or move it away: the next run makes a new one",
-                )
-        known = {folder.carried.get("run_id") for folder in state_folders(root)}
-        for _, run in runs[runs["status"] == "RUNNING"].iterrows():
-            if run["run_id"] not in known:
-                yield Finding(
-                    f"store: run {run['run_id']} ({run['name']}) says RUNNING; nothing of it is on this disk",
-                    "if no other machine trains it, delete it in MLflow",
-                )
+                remedy = "restore it from a copy, or move it away: the next run makes a new one"
+                yield Finding(f"store: {tracking.database(root)} is damaged: {damage}", remedy)
+        known = [folder.carried.get("run_id") for folder in state_folders(root)]
+        for _, run in runs[(runs["status"] == "RUNNING") & ~runs["run_id"].isin(known)].iterrows():
+            what = f"store: run {run['run_id']} ({run['name']}) says RUNNING; nothing of it is on this disk"
+            yield Finding(what, "if no other machine trains it, delete it in MLflow")
         yield Finding(f"store: {len(runs)} runs")
     except UserError as error:
         yield Finding("store: can't be used", str(error))
     except Exception as error:  # a server has many ways to fail
-        yield Finding("store: can't be used", specs.redacted(str(error).splitlines()[0]))
-
-
-def _runs(root: Path) -> Iterator[Finding]:
-    for folder in state_folders(root):
-        yield describe(folder)
-    for path in state_folder(root).glob(".*"):
-        if not is_locked(path / "lock"):
-            yield Finding(f"left over by a process that was killed: {path}", f"rm -r {path}")
+        yield Finding("store: can't be used", specs.redacted((str(error) or repr(error)).splitlines()[0]))
 
 
 def describe(folder: StateFolder) -> Finding:
     """Where a run that is on disk stands, and what can be done about it."""
     name, note = folder.path.name, folder.carried
-    records, _ = read(folder.path / "journal")
-    step = max((record.fields["first"] + record.fields["count"] - 1 for record in records if record.kind == "train"), default=0)
+    step = Recorded(read(folder.path / "journal")[0]).last
     try:
         where = f"at step {step:,} of {folder.spec.steps:,}"
     except (UserError, OSError) as error:

@@ -1,8 +1,10 @@
 """The training engine: steps, evaluation, state in and out; the only file that knows threads and devices.
 
-Shapes: S steps of a segment, B batch, N images, P = 784 pixels, C = 10 classes.
+Shapes: S steps of a segment, K models, B batch, N images, P = 784 pixels, C = 10 classes.
 """
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +15,10 @@ from torch.nn import functional
 
 from fmnist import data, model, optim
 from fmnist import spec as specs
+from fmnist.errors import SpecError
 
 EVALUATION_BATCH = 1_000
+CUDA_STACK = 64
 
 
 @dataclass(frozen=True)
@@ -35,114 +39,178 @@ class Evaluation:
     """[N, C] float32."""
 
 
-def device(compute: specs.Compute) -> torch.device:
-    """The device a spec asks for, with the thread count set; raises ValueError where there is no such device."""
+def device(compute: specs.Compute, precision: str = "float32") -> torch.device:
+    """The device a spec asks for, with the thread count set; raises SpecError where there is none that can do it."""
     torch.set_num_threads(compute.threads)
     if compute.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("compute.device: cuda was asked for and this machine has no usable CUDA device; give cpu or auto")
-    return torch.device("cuda" if compute.device != "cpu" and torch.cuda.is_available() else "cpu")
+        raise SpecError("compute.device: cuda was asked for and this machine has no usable CUDA device; give cpu or auto")
+    if compute.device == "cpu" or not torch.cuda.is_available():
+        if precision == "tf32":
+            raise SpecError("train.precision: tf32 is an arithmetic of CUDA devices and this run is on the CPU; give float32 or bf16")
+        return torch.device("cpu")
+    return torch.device("cuda")
+
+
+def stack_size(compute: specs.Compute, device: torch.device) -> int:
+    """How many runs to train in the same steps; on the CPU one, where more gain nothing (benchmarks/stacks.py)."""
+    if isinstance(compute.stack, int):
+        return compute.stack
+    return CUDA_STACK if compute.stack == "auto" and device.type == "cuda" else 1
 
 
 class Engine:
-    """Trains one model of one spec on a dataset; {step, parameters, buffers} is its whole state."""
+    """Trains K models of one shape in the same steps on a dataset; {step, parameters, buffers} is the whole state of each.
 
-    def __init__(self, spec: specs.ExperimentSpec, dataset: data.Dataset) -> None:
-        self.spec, self.dataset = spec, dataset
-        self.module = model.build(spec.model, spec.train.seed).to(dataset.train.images.device)
-        self.step = 0
-        self.parameters, views = _flatten([parameter.detach() for parameter in self.module.parameters()])
-        self.gradients, gradient_views = _flatten([torch.zeros_like(view) for view in views])
-        for parameter, view, gradient in zip(self.module.parameters(), views, gradient_views, strict=True):
-            parameter.data, parameter.grad = view, gradient  # the module and the flat tensors are the same memory
-        self.buffers = optim.buffers(spec.optimizer, self.parameters)
-        self.passes = {size: self._gradient(size, views, gradient_views) for size in self._batch_sizes()}
+    Model k is what an engine of its spec alone would train, but for the rounding of sums: no operation mixes two of them,
+    so that one that diverges leaves the others alone. Raises ValueError where the specs differ in shape.
+    """
+
+    def __init__(self, members: Sequence[specs.ExperimentSpec], dataset: data.Dataset) -> None:
+        self.specs, self.dataset, self.step = tuple(members), dataset, 0
+        if len({spec.shape for spec in members}) != 1:
+            raise ValueError("these specs can't be trained in the same steps: they differ in more than seeds, rates and decays")
+        self.modules = [model.build(spec.model, spec.train.seed).to(dataset.train.images.device) for spec in members]
+        shapes = [parameter.shape for parameter in self.modules[0].parameters()]
+        rows = [torch.cat([parameter.detach().flatten() for parameter in module.parameters()]) for module in self.modules]
+        self.parameters = torch.stack(rows)
+        self.gradients = torch.zeros_like(self.parameters)
+        views, gradient_views = _views(self.parameters, shapes), _views(self.gradients, shapes)
+        for k, module in enumerate(self.modules):
+            for parameter, view, gradient in zip(module.parameters(), views, gradient_views, strict=True):
+                parameter.data, parameter.grad = view[k], gradient[k]  # the modules and the flat tensors are the same memory
+        self.update = optim.Update([spec.optimizer for spec in members], self.parameters)
+        self.batch = members[0].train.batch_size
+        sizes = {self.batch, len(dataset.train) % self.batch} - {0}
+        self.inputs = {size: self.parameters.new_empty(len(members), size, specs.PIXELS) for size in sizes}
+        self.passes = {size: self._gradient(size, views, gradient_views) for size in sizes}
         self._epoch, self._order = -1, torch.empty(0)
 
-    def train(self, stop: int) -> Curves:
+    def train(self, stop: int) -> list[Curves]:
         """Do the updates self.step + 1 to `stop`, at least one; nothing reaches the host before the last of them."""
-        first, batch = self.step + 1, self.spec.train.batch_size
-        images = self.dataset.train.images
-        rows = [self._rows(step) for step in range(first, stop + 1)]
-        rates = [optim.learning_rate(self.spec, step) for step in range(first, stop + 1)]
-        logits = images.new_zeros(len(rows), batch, specs.CLASSES)
-        labels = torch.stack([functional.pad(self.dataset.train.labels[r], (0, batch - len(r))) for r in rows])
-        targets = functional.one_hot(labels, specs.CLASSES).to(images.dtype)
-        x = images.new_empty(batch, specs.PIXELS)
-        for s, (chosen, lr) in enumerate(zip(rows, rates, strict=True)):
-            size = len(chosen)
-            torch.index_select(images, 0, chosen, out=x[:size])
-            self.passes[size](x[:size], targets[s, :size], logits[s, :size])
-            optim.update(self.spec.optimizer, self.parameters, self.gradients, self.buffers, lr, first + s)
+        first = self.step + 1
+        rates = np.stack([optim.learning_rates(spec, np.arange(first, stop + 1)) for spec in self.specs], axis=1)
+        rows, sizes = self._batches(first, stop)
+        labels = self.dataset.train.labels[rows]
+        logits = self.parameters.new_zeros(*rows.shape, specs.CLASSES)
+        targets = functional.one_hot(labels, specs.CLASSES).to(logits.dtype)
+        with self._products(), torch.inference_mode(self.explicit):  # without autograd's bookkeeping an operation costs 2 us less
+            self._steps(rows, sizes, targets, self.update.coefficients(rates, first), logits)
         self.step = stop
-        return _measure(logits, labels, [len(r) for r in rows], rates)
+        loss, accuracy = _measure(logits, labels, sizes)
+        return [Curves(loss[:, k], accuracy[:, k], rates[:, k]) for k in range(len(self.specs))]
+
+    def _steps(self, rows: Tensor, sizes: list[int], targets: Tensor, coefficients: list[tuple[Tensor, ...]], logits: Tensor) -> None:
+        for row, size, target, numbers, out in zip(rows.unbind(), sizes, targets.unbind(), coefficients, logits.unbind(), strict=True):
+            if size < self.batch:
+                row, target, out = row[:, :size], target[:, :size], out[:, :size]
+            x = self.inputs[size]
+            torch.index_select(self.dataset.train.images, 0, row.flatten(), out=x.view(-1, specs.PIXELS))
+            self.passes[size](x, target, out)
+            self.update(self.gradients, numbers)
 
     @torch.no_grad()
-    def evaluate(self, split: data.Split) -> Evaluation:
-        """Loss, accuracy and logits over a whole split."""
-        self.module.eval()
-        chunks = [self.module(images.view(-1, 1, 28, 28)) for images in split.images.split(EVALUATION_BATCH)]
-        self.module.train()
-        logits = torch.cat(chunks)
+    def evaluate(self, split: data.Split, member: int = 0) -> Evaluation:
+        """Loss, accuracy and logits of one model over a whole split."""
+        module = self.modules[member].eval()
+        with self._products(), _autocast(self.precision, self.parameters.device):
+            chunks = [module(images.view(-1, 1, 28, 28)) for images in split.images.split(EVALUATION_BATCH)]
+        module.train()
+        logits = torch.cat(chunks).float()
         loss = functional.cross_entropy(logits.double(), split.labels).item()
         accuracy = (logits.argmax(1) == split.labels).sum().item() / len(split)
         return Evaluation(loss, accuracy, logits.cpu().numpy())
 
-    def state(self) -> dict[str, Any]:
-        """A copy of the whole state, on the host."""
-        copied = {name: buffer.cpu().clone() for name, buffer in self.buffers.items()}
-        return {"step": self.step, "parameters": self.parameters.cpu().clone(), "buffers": copied}
+    def state(self, member: int = 0) -> dict[str, Any]:
+        """A copy of one model's whole state, on the host."""
+        names = optim.buffer_names(self.specs[member].optimizer)
+        copied = {name: self.update.buffers[name][member].cpu().clone() for name in names}
+        return {"step": self.step, "parameters": self.parameters[member].cpu().clone(), "buffers": copied}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any], member: int = 0) -> None:
+        """Take one model's state over; they must all be of the same step before the next one."""
         self.step = state["step"]
-        self.parameters.copy_(state["parameters"])
-        for name, buffer in self.buffers.items():
-            buffer.copy_(state["buffers"][name])
+        self.parameters[member].copy_(state["parameters"])
+        for name, buffer in state["buffers"].items():
+            self.update.buffers[name][member].copy_(buffer)
 
-    def _batch_sizes(self) -> set[int]:
-        batch, images = self.spec.train.batch_size, len(self.dataset.train)
-        return {batch, images % batch} - {0}
+    @property
+    def precision(self) -> str:
+        return self.specs[0].train.precision
 
-    def _rows(self, step: int) -> Tensor:
-        """The training images of update `step`."""
-        epoch, batch = divmod(step - 1, self.spec.steps_per_epoch)
+    @property
+    def explicit(self) -> bool:
+        """Whether the gradient is written out, without autograd."""
+        return isinstance(self.passes[self.batch], model.MLPGradient)
+
+    @contextlib.contextmanager
+    def _products(self) -> Iterator[None]:
+        """Let float32 matrix products on a CUDA device be rounded to TF32 where the spec says so, and only there."""
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+    def _batches(self, first: int, stop: int) -> tuple[Tensor, list[int]]:
+        """The training images [S, K, B] of these updates, and how many each has; a short batch is padded with image 0."""
+        per_epoch, found, sizes = self.specs[0].steps_per_epoch, [], []
+        images = len(self.dataset.train)
+        for epoch in range((first - 1) // per_epoch, (stop - 1) // per_epoch + 1):
+            begin, end = max(first - 1 - epoch * per_epoch, 0), min(stop - epoch * per_epoch, per_epoch)
+            found.append(self._epoch_batches(epoch)[begin:end])
+            sizes += [min(self.batch, images - batch * self.batch) for batch in range(begin, end)]
+        return torch.cat(found), sizes
+
+    def _epoch_batches(self, epoch: int) -> Tensor:
+        """[steps per epoch, K, B]: each model's own order, copied to the device an epoch at a time."""
         if epoch != self._epoch:
-            self._order = data.order(len(self.dataset.train), self.spec.train.seed, epoch).to(self.parameters.device)
-            self._epoch = epoch
-        return self._order[batch * self.spec.train.batch_size : (batch + 1) * self.spec.train.batch_size]
+            images = len(self.dataset.train)
+            order = torch.stack([data.order(images, spec.train.seed, epoch) for spec in self.specs])
+            padded = functional.pad(order, (0, -images % self.batch)).view(len(self.specs), -1, self.batch)
+            self._epoch, self._order = epoch, padded.transpose(0, 1).contiguous().to(self.parameters.device)
+        return self._order
 
     def _gradient(self, batch: int, parameters: list[Tensor], gradients: list[Tensor]) -> "model.MLPGradient | AutogradGradient":
-        match self.module:
-            case model.MLP(activation=activation):
+        match self.modules[0]:
+            case model.MLP(activation=activation) if self.precision != "bf16":
                 return model.MLPGradient(activation, parameters, gradients, batch)
-            case module:
-                return AutogradGradient(module, self.gradients)
+            case _:
+                return AutogradGradient(self.modules, self.gradients, self.precision)
 
 
 class AutogradGradient:
-    """The same contract as MLPGradient for any nn.Module whose parameters' .grad are views of `gradients`."""
+    """The same contract as MLPGradient, for any nn.Modules whose parameters' .grad are views of `gradients`; one after the other."""
 
-    def __init__(self, module: nn.Module, gradients: Tensor) -> None:
-        self.module, self.gradients = module, gradients
+    def __init__(self, modules: Sequence[nn.Module], gradients: Tensor, precision: str = "float32") -> None:
+        self.modules, self.gradients, self.precision = modules, gradients, precision
 
     def __call__(self, x: Tensor, targets: Tensor, logits: Tensor) -> None:
         self.gradients.zero_()
-        outputs = self.module(x.view(-1, 1, 28, 28))
-        functional.cross_entropy(outputs, targets).backward()
-        logits.copy_(outputs.detach())
+        for k, module in enumerate(self.modules):
+            with _autocast(self.precision, x.device):
+                outputs = module(x[k].view(-1, 1, 28, 28))
+            functional.cross_entropy(outputs.float(), targets[k]).backward()
+            logits[k].copy_(outputs.detach())
 
 
-def _flatten(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """One contiguous vector that holds all of them, and a view of it for each."""
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    pieces = flat.split([tensor.numel() for tensor in tensors])
-    return flat, [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+def _autocast(precision: str, device: torch.device) -> torch.autocast:
+    """bf16: matrix products of bfloat16 factors; weights, sums and updates stay float32 (torch.autocast)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
-def _measure(logits: Tensor, labels: Tensor, sizes: list[int], rates: list[float]) -> Curves:
-    """Per-step loss and accuracy from the stored logits [S, B, C]; rows past a step's size are padding and count for nothing."""
+def _views(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
+    """The rows of `flat` [K, P] as one tensor [K, ...] for each of a model's parameters."""
+    pieces = flat.split([shape.numel() for shape in shapes], dim=1)
+    return [piece.view(len(flat), *shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def _measure(logits: Tensor, labels: Tensor, sizes: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """[S, K] losses and accuracies from the stored logits [S, K, B, C]; images past a step's size are padding and count for nothing."""
     count = torch.tensor(sizes, device=logits.device)[:, None]
-    real = torch.arange(logits.shape[1], device=logits.device) < count
-    losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
-    loss = (losses * real).sum(1) / count[:, 0]
-    accuracy = ((logits.argmax(2) == labels) & real).sum(1) / count[:, 0]
-    return Curves(loss.cpu().numpy(), accuracy.cpu().numpy(), np.array(rates))
+    real = (torch.arange(logits.shape[2], device=logits.device) < count)[:, None]
+    losses = functional.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
+    loss = (losses * real).sum(2) / count
+    accuracy = ((logits.argmax(3) == labels) & real).sum(2) / count
+    both = torch.stack([loss, accuracy]).cpu().numpy()
+    return both[0], both[1]

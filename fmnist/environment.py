@@ -13,16 +13,15 @@ import torch
 
 from fmnist import __version__, data
 
-BITS = ("device", "threads", "processor", "torch")
-"""On another of these, the same arithmetic may round otherwise."""
+BITS = ("device", "threads", "stack", "processor", "torch")  # on another of these, the same arithmetic may round otherwise
 
 
 def facts(environment: Mapping[str, Any]) -> dict[str, Any]:
     """Of what `collect` found, what may matter for a result."""
-    packages, diff = environment.get("packages", {}), environment.get("git_diff")
-    plain = ("device", "threads", "processor", "platform", "python", "fmnist", "git_commit", "data_digest")
-    found = {key: environment.get(key) for key in plain} | {key: packages.get(key) for key in ("torch", "numpy", "scikit-learn")}
-    return {**found, "git_diff": diff and hashlib.sha256(diff.encode()).hexdigest()[:8]}
+    plain = ("device", "threads", "stack", "processor", "platform", "python", "fmnist", "git_commit", "data_digest")
+    packages = {name: environment.get("packages", {}).get(name) for name in ("torch", "numpy", "scikit-learn")}
+    diff = environment.get("git_diff")
+    return {**{key: environment.get(key) for key in plain}, **packages, "git_diff": diff and hashlib.sha256(diff.encode()).hexdigest()[:8]}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
@@ -30,9 +29,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     return {key: f"{before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value}
 
 
-def collect(command: str, device: torch.device) -> dict[str, Any]:
-    """What could make the same spec give other numbers elsewhere."""
+def collect(command: str, device: torch.device, stack: int = 1) -> dict[str, Any]:
+    """What could make the same spec give other numbers elsewhere; `stack`: how many runs are trained in the same steps."""
     packages = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name}
+    commit = _git("rev-parse", "HEAD")
+    status = commit and _git("status", "--porcelain")
     return {
         "fmnist": __version__,
         "command": command,
@@ -41,8 +42,11 @@ def collect(command: str, device: torch.device) -> dict[str, Any]:
         "processor": _processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
+        "stack": stack,
         "data_digest": data.DIGEST,
-        **_git(),
+        "git_commit": commit and commit.strip(),
+        "git_dirty": None if status is None else bool(status),
+        "git_diff": status and _git("diff", "HEAD"),
         "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
     }
 
@@ -54,17 +58,11 @@ def _processor() -> str:
     return platform.processor()
 
 
-def _git() -> dict[str, Any]:
-    """The commit of the working tree and how it differs from it; empty outside a repository."""
-
-    def git(*arguments: str) -> str | None:
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            result = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True)
-            return result.stdout
-        return None
-
-    commit = git("rev-parse", "HEAD")
-    status = git("status", "--porcelain")
-    if commit is None or status is None:
-        return {"git_commit": None, "git_dirty": None, "git_diff": None}
-    return {"git_commit": commit.strip(), "git_dirty": bool(status), "git_diff": git("diff", "HEAD") if status else ""}
+def _git(*arguments: str) -> str | None:
+    """What git says of the working tree; None where it is in no repository."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", *arguments]
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, errors="replace", timeout=10, check=True
+        ).stdout
+    return None

@@ -5,6 +5,7 @@ Pure: nothing is written; loading takes milliseconds and raises SpecError for wh
 
 import difflib
 import io
+import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -20,9 +21,13 @@ from fmnist.spec import ExperimentSpec
 
 MAX_FILE_BYTES, MAX_DEPTH = 100_000, 6
 YAML_TAG = "tag:yaml.org,2002:"
-YAML_TAGS = {f"{YAML_TAG}{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")}
-UNIONS = ("model", "optimizer", "schedule")
-"""The sections told apart by their `type`."""
+WHOLE = "whole numbers in decimal, at most 18 digits"
+SCALARS = {"str": "Unicode text", "int": WHOLE, "float": "numbers in decimal", "bool": "true or false", "null": "null"}
+"""The kinds of values that are taken, and what to write."""
+DEFAULT_TYPES = {
+    name: {"type": field.default.type} for name, field in ExperimentSpec.model_fields.items() if hasattr(field.default, "type")
+}
+"""Of the sections told apart by their `type`."""
 
 Origins = dict[str, str]
 """Dotted path to where it was written: 'experiments/baseline.yaml:4', or the override as it was typed."""
@@ -54,14 +59,6 @@ class Resolved:
         return " ".join([self.spec.name, *changes, *seed])
 
 
-def check_name(name: str, place: str = "") -> str:
-    """Return an experiment's name, or raise SpecError where it could be a path or a YAML word."""
-    try:
-        return specs.valid_name(name)
-    except ValueError as error:
-        raise SpecError(f"{place}{error}") from None
-
-
 def names(root: Path) -> list[str]:
     return sorted(path.stem for path in (root / "experiments").glob("*.yaml"))
 
@@ -72,8 +69,8 @@ def load(name: str, overrides: Sequence[str] = (), root: Path | None = None) -> 
     Raises SpecError with a line for each mistake: place, key path, what was given, what is allowed.
     """
     root = root or specs.home()
-    layers = [*_file_layers(check_name(name), root / "experiments"), _override_layer(overrides)]
-    tree: dict[str, Any] = {"name": name, **{section: {"type": _variants(section)[0]} for section in UNIONS}}
+    layers = [*_file_layers(name, root / "experiments"), _override_layer(overrides)]
+    tree: dict[str, Any] = {"name": name, **DEFAULT_TYPES}
     origins: Origins = {}
     for values, places in layers:
         for section in _merge(tree, values):  # what was written for another type no longer counts
@@ -104,33 +101,40 @@ def dump(spec: ExperimentSpec) -> str:
 Layer = tuple[dict[str, Any], Origins]
 
 
-def _file_layers(name: str, folder: Path, children: tuple[str, ...] = (), place: str = "") -> list[Layer]:
+def _file_layers(name: str, folder: Path) -> list[Layer]:
     """The layers of a file and its parents, furthest parent first."""
-    if name in children:
-        chain = " -> ".join((*children[children.index(name) :], name))
-        raise SpecError(f"{place}{chain} is a cycle; an experiment can't extend itself")
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = names(folder.parent)
-        raise SpecError(f"{place}unknown experiment {name!r}{_nearest(name, known)}; there are: {', '.join(known) or f'none in {folder}'}")
-    file = f"experiments/{path.name}"
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise SpecError(f"{file}: {path.stat().st_size} bytes; an experiment has at most {MAX_FILE_BYTES}")
-        values, origins = _read_yaml(path.read_text(encoding="utf-8"), file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{file}: can't be read: {error}") from None
-    parent = values.pop("extends", None)
-    if parent is None:
-        return [(values, origins)]
-    if not isinstance(parent, str):
-        raise SpecError(f"{origins['extends']}: extends: given {parent!r}; the name of one experiment is needed")
-    place = f"{origins['extends']}: extends: "
-    inherited = _file_layers(check_name(parent, place), folder, (*children, name), place)
-    for part in (part for layer in inherited for part in layer):  # these two speak of one file only
-        part.pop("name", None)
-        part.pop("question", None)
-    return [*inherited, (values, origins)]
+    layers: list[Layer] = []
+    chain: list[str] = []
+    parent, place = name, ""
+    while parent is not None:
+        if not isinstance(parent, str):
+            raise SpecError(f"{place}given {parent!r}; the name of one experiment is needed")
+        if parent in chain:
+            cycle = " -> ".join([*chain[chain.index(parent) :], parent])
+            raise SpecError(f"{place}{cycle} is a cycle; an experiment can't extend itself")
+        try:
+            file = folder / f"{specs.valid_name(parent)}.yaml"
+        except ValueError as error:
+            raise SpecError(f"{place}{error}") from None
+        if not file.is_file():
+            known = names(folder.parent)
+            there = ", ".join(known) or f"none in {folder}"
+            raise SpecError(f"{place}unknown experiment {parent!r}{_nearest(parent, known)}; there are: {there}")
+        place = f"experiments/{file.name}"
+        try:
+            if file.stat().st_size > MAX_FILE_BYTES:
+                raise SpecError(f"{place}: {file.stat().st_size} bytes; an experiment has at most {MAX_FILE_BYTES}")
+            values, origins = _read_yaml(file.read_text(encoding="utf-8"), place)
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(f"{place}: can't be read: {error}") from None
+        if chain:  # these two speak of one file only
+            for key in ("name", "question"):
+                values.pop(key, None)
+                origins.pop(key, None)
+        chain.append(parent)
+        layers.insert(0, (values, origins))
+        parent, place = values.pop("extends", None), f"{origins.get('extends')}: extends: "
+    return layers
 
 
 def _override_layer(overrides: Sequence[str]) -> Layer:
@@ -143,13 +147,10 @@ def _override_layer(overrides: Sequence[str]) -> Layer:
             raise SpecError(f"--set {_printable(override)}: write key.path=value on one line, as in optimizer.lr=0.01")
         if keys == ["extends"]:
             raise SpecError(f"--set {override}: only a file can extend an experiment; run the parent itself, or add a file")
-        place = f"--set {override}"
-        branch: Any = _read_yaml(f"value: {text}", place)[0].get("value")
-        for depth in range(len(keys), 0, -1):
-            origins[".".join(keys[:depth])] = place
-            branch = {keys[depth - 1]: branch}
-        origins |= dict.fromkeys((leaf for leaf, _ in specs.leaves(branch)), place)
-        _merge(values, branch)
+        nested = "\n".join(f"{' ' * depth}{json.dumps(key)}:" for depth, key in enumerate(keys))
+        written, places = _read_yaml(f"{nested} {text}", f"--set {override}", numbered=False)
+        _merge(values, written)
+        origins |= places
     return values, origins
 
 
@@ -173,130 +174,112 @@ def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> list[str]:
     return changed
 
 
-def _read_yaml(text: str, place: str) -> Layer:
+def _read_yaml(text: str, place: str, numbered: bool = True) -> Layer:
     """Plain values and the place of each key path: YAML 1.2, so 1e-3 is a number; no tags, anchors or merge keys.
 
     The parsed nodes are read as they are, so that nothing is built that the text did not spell out, and every mistake has a line.
     """
     from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
-    from ruamel.yaml.nodes import MappingNode, SequenceNode
+    from ruamel.yaml.error import YAMLError
+    from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
-    try:
-        root = YAML(typ="safe", pure=True).compose(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark is not None else ""
-        raise SpecError(f"{place}{line}: not readable as YAML: {(error.problem or str(error)).splitlines()[0]}") from None
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise SpecError(f"{place}: not readable as YAML: {(str(error).splitlines() or ['nested too deep'])[0]}") from None
+    yaml: Any = YAML(typ="safe", pure=True)
     origins: Origins = {}
 
+    def at(mark: Any) -> str:
+        return f"{place}:{mark.line + 1}" if numbered and mark is not None else place
+
     def plain(node: Any, path: str, depth: int = 0) -> Any:
-        here = f"{place}:{node.start_mark.line + 1}: {_printable(path)[:80] or 'spec'}"
-        if node.anchor or node.tag not in YAML_TAGS or depth > MAX_DEPTH:
+        here = f"{at(node.start_mark)}: {_printable(path)[:80] or 'spec'}"
+        kind = node.tag.removeprefix(YAML_TAG)
+        if node.anchor or depth > MAX_DEPTH or kind not in (SCALARS if isinstance(node, ScalarNode) else ("map", "seq")):
             raise SpecError(
                 f"{here}: only plain mappings, lists, texts, numbers, true, false and null, at most {MAX_DEPTH} deep, are taken"
             )
         if isinstance(node, SequenceNode):
             return [plain(item, path, depth + 1) for item in node.value]
-        if not isinstance(node, MappingNode):
-            return _scalar(node, here)
-        values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = str(key_node.value)
-            below = f"{path}.{key}" if path else key
-            if key in values:
-                raise SpecError(f"{place}:{key_node.start_mark.line + 1}: {_printable(below)}: duplicate key; keep one of the two")
-            origins[_printable(below)] = f"{place}:{key_node.start_mark.line + 1}"
-            values[key] = plain(value_node, below, depth + 1)
-        return values
+        if isinstance(node, MappingNode):
+            values: dict[str, Any] = {}
+            for key_node, value_node in node.value:
+                key = str(key_node.value)
+                below = f"{path}.{key}" if path else key
+                origins[_printable(below)] = at(key_node.start_mark)
+                if key in values:
+                    raise SpecError(f"{at(key_node.start_mark)}: {_printable(below)}: duplicate key; keep one of the two")
+                values[key] = plain(value_node, below, depth + 1)
+            return values
+        try:
+            node.value.encode()  # not everything that can be escaped is text
+            if kind == "int" and not re.fullmatch(r"[-+]?[0-9]{1,18}", node.value):
+                raise ValueError
+            return yaml.constructor.construct_object(node)
+        except (ValueError, KeyError):
+            raise SpecError(f"{here}: given {specs.shorten(node.value)}; write {SCALARS[kind]}") from None
 
+    try:
+        root = yaml.compose(text)
+    except (YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        problem = getattr(error, "problem", None) or str(error) or "nested too deep"
+        raise SpecError(f"{at(mark)}: not readable as YAML: {problem.splitlines()[0]}") from None
     tree = {} if root is None or root.tag == f"{YAML_TAG}null" else plain(root, "")
     if not isinstance(tree, dict):
         raise SpecError(f"{place}: given {specs.shorten(tree)}; an experiment is a mapping of sections, as in experiments/baseline.yaml")
     return tree, origins
 
 
-def _scalar(node: Any, here: str) -> str | int | float | bool | None:
-    text = node.value
-    match node.tag.removeprefix(YAML_TAG):
-        case "null":
-            return None
-        case "bool":
-            return bool(text.lower() == "true")
-        case "int":
-            if not re.fullmatch(r"[-+]?[0-9]{1,18}", text):
-                raise SpecError(f"{here}: given {specs.shorten(text)}; write whole numbers in decimal, at most 18 digits")
-            return int(text)
-        case "float":
-            return float(text.replace("_", "").replace(".inf", "inf").replace(".nan", "nan").replace(".Inf", "inf").replace(".NaN", "nan"))
-        case _:
-            if any(0xD800 <= ord(character) < 0xE000 for character in text):
-                raise SpecError(f"{here}: given {specs.shorten(text)}, which isn't Unicode text")
-            return str(text)
-
-
 # ---- messages
-
-
-def _variants(section: str) -> list[str]:
-    """The allowed values of a section's `type`, the default first."""
-    annotation = ExperimentSpec.model_fields[section].annotation
-    return [variant.model_fields["type"].default for variant in get_args(annotation) or (annotation,)]
 
 
 def _validate(tree: Mapping[str, Any], origins: Origins, fallback: str) -> ExperimentSpec:
     try:
         return ExperimentSpec.model_validate(tree)
     except ValidationError as error:
-        lines = (_describe(detail, tree, origins, fallback) for detail in error.errors(include_url=False))
+        lines = (_describe(detail, origins, fallback) for detail in error.errors(include_url=False))
         raise SpecError("\n".join(dict.fromkeys(lines))) from None
 
 
-def _describe(detail: Any, tree: Mapping[str, Any], origins: Origins, fallback: str) -> str:
+def _describe(detail: Any, origins: Origins, fallback: str) -> str:
     """One line for one of Pydantic's errors."""
-    section, *rest = [str(part) for part in detail["loc"]] or [""]
-    if section in UNIONS and rest and len(_variants(section)) > 1 and rest[0] in _variants(section):
-        rest = rest[1:]  # the union's tag is not a key that anyone wrote
-    path = _printable(".".join([section, *rest]))
-    kind, context = detail["type"], detail.get("ctx", {})
-    message = str(context.get("error", detail["msg"])) if kind == "value_error" else detail["msg"]
-    if kind == "value_error":
-        named = re.match(r"[a-z_]+\.[a-z_]+(?=:)", message)
-        place = _place(named[0] if named else path, origins, fallback)
-        return f"{place}: {message}" if named or not path else f"{place}: {path}: {message}"
-    place = _place(path, origins, fallback)
-    if kind == "extra_forbidden":
-        allowed = _keys_at([section, *rest[:-1]] if rest else [], tree)
-        return f"{place}: {path}: unknown key{_nearest(path.rpartition('.')[2], allowed)}; allowed here: {', '.join(allowed)}"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tag = tree[section].get("type")
-        place = _place(f"{path}.type", origins, fallback)
-        return f"{place}: {path}.type: given {tag!r}{_nearest(str(tag), _variants(section))}; allowed: {', '.join(_variants(section))}"
-    expected = re.sub("^(Input|String) should ", "", message).replace("be a valid tuple", "be a list")
-    expected = re.sub("be a valid dictionary.*", "be a mapping of fields", expected)
-    hint = _nearest(str(detail["input"]), re.findall(r"'([^']+)'", message)) if kind == "literal_error" else ""
-    return f"{place}: {path}: given {specs.shorten(detail['input'])}{hint}; it should {expected}"
+    path, sections = _locate(detail["loc"])
+    given, message = detail["input"], detail["msg"]
+    match detail["type"]:
+        case "value_error":
+            text = str(detail["ctx"]["error"])
+            if named := re.match(r"([a-z_]+\.[a-z_]+): ", text):  # a check of the whole spec names the field itself
+                path, text = named[1], text[named.end() :]
+        case "extra_forbidden":
+            _, [section] = _locate(detail["loc"][:-1])
+            allowed = [*(["extends"] if section is ExperimentSpec else []), *section.model_fields]
+            text = f"unknown key{_nearest(path.rpartition('.')[2], allowed)}; allowed here: {', '.join(allowed)}"
+        case "union_tag_invalid" | "union_tag_not_found":
+            path, tag = f"{path}.type", given.get("type")
+            types = [section.model_fields["type"].default for section in sections]
+            text = f"given {tag!r}{_nearest(str(tag), types)}; allowed: {', '.join(types)}"
+        case kind:
+            expected = re.sub("^(Input|String) should ", "", message).replace("be a valid tuple", "be a list")
+            expected = re.sub("be a valid dictionary.*", "be a mapping of fields", expected)
+            hint = _nearest(str(given), re.findall(r"'([^']+)'", message)) if kind == "literal_error" else ""
+            text = f"given {specs.shorten(given)}{hint}; it should {expected}"
+    written = path
+    while written and written not in origins:
+        written = written.rpartition(".")[0]
+    return f"{origins.get(written, fallback)}: {path}: {text}"
 
 
-def _place(path: str, origins: Origins, fallback: str) -> str:
-    while path and path not in origins:
-        path = path.rpartition(".")[0]
-    return origins.get(path, fallback)
-
-
-def _keys_at(keys: Sequence[str], tree: Mapping[str, Any]) -> list[str]:
-    """The fields allowed in the section that `keys` lead to."""
-    model: type[BaseModel] = ExperimentSpec
-    values: Any = tree
-    for key in keys:
-        values = values.get(key) if isinstance(values, Mapping) else None
-        annotation = model.model_fields[key].annotation
-        sections = [part for part in get_args(annotation) or (annotation,) if isinstance(part, type) and issubclass(part, BaseModel)]
-        tag = values.get("type") if isinstance(values, Mapping) else None
-        model = next((part for part in sections if "type" in part.model_fields and part.model_fields["type"].default == tag), sections[0])
-    return [*(["extends"] if not keys else []), *model.model_fields]
+def _locate(location: Sequence[int | str]) -> tuple[str, list[type[BaseModel]]]:
+    """The key path of one of Pydantic's locations, and the sections that may stand there: several where `type` tells them apart."""
+    path: list[str] = []
+    sections: list[Any] = [ExperimentSpec]
+    for part in location:
+        if len(sections) > 1:  # Pydantic puts the type into the location, and nobody wrote that as a key
+            sections = [section for section in sections if section.model_fields["type"].default == part]
+            continue
+        path.append(str(part))
+        field = sections[0].model_fields.get(part) if sections else None
+        options = get_args(field.annotation) or (field.annotation,) if field else ()
+        sections = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+    return _printable(".".join(path)), sections
 
 
 def _nearest(given: str, allowed: Sequence[str]) -> str:

@@ -1,70 +1,95 @@
-"""Update rules and learning-rate schedules: functions of tensors and of the step, with no state of their own."""
+"""Update rules and learning-rate schedules: functions of tensors and of the step, for K models at once.
 
-import math
+Shapes: S steps, K models, P the parameters of one.
+"""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from fmnist import spec as specs
 
-
-def buffers(optimizer: specs.SGD | specs.Adam | specs.AdamW, parameters: Tensor) -> dict[str, Tensor]:
-    """The zeroed buffers that `update` carries from step to step, each shaped like the flat parameters."""
-    match optimizer:
-        case specs.SGD(momentum=0.0):
-            return {}
-        case specs.SGD():
-            return {"momentum": torch.zeros_like(parameters)}
-        case specs.Adam() | specs.AdamW():
-            return {"mean": torch.zeros_like(parameters), "square": torch.zeros_like(parameters)}
+Optimizer = specs.SGD | specs.Adam | specs.AdamW
 
 
-def update(
-    optimizer: specs.SGD | specs.Adam | specs.AdamW, parameters: Tensor, gradients: Tensor, carried: dict[str, Tensor], lr: float, step: int
-) -> None:
-    """Update number `step` (from 1) of the flat parameters, in place; the gradients are used up as scratch memory.
+class Update:
+    """The update of K models' flat parameters [K, P], in place, and the buffers that it carries from step to step.
 
-    The rules are those of torch.optim's classes of the same names.
+    The rules are those of torch.optim's classes of the same names. The optimizers are of one type; their numbers may
+    differ, and enter as tensors [K, 1], which costs nothing: an elementwise pass is bound by memory.
     """
-    decay = optimizer.weight_decay
-    if decay and isinstance(optimizer, specs.AdamW):
-        parameters.mul_(1 - lr * decay)
-    elif decay:
-        gradients.add_(parameters, alpha=decay)
+
+    def __init__(self, optimizers: Sequence[Optimizer], parameters: Tensor) -> None:
+        self.optimizers, self.parameters = optimizers, parameters
+        names = {name for optimizer in optimizers for name in buffer_names(optimizer)}
+        self.buffers = {name: torch.zeros_like(parameters) for name in sorted(names)}
+        self.decays = any(optimizer.weight_decay for optimizer in optimizers)
+        self.decay = self._column([optimizer.weight_decay for optimizer in optimizers])
+        self.momentum = self._column([getattr(optimizer, "momentum", 0.0) for optimizer in optimizers])
+
+    def __call__(self, gradients: Tensor, coefficients: Sequence[Tensor]) -> None:
+        """One update, with a step's `coefficients`; the gradients are used up as scratch memory."""
+        optimizer, parameters, buffers = self.optimizers[0], self.parameters, self.buffers
+        rate = coefficients[0]
+        if isinstance(optimizer, specs.AdamW):
+            parameters.mul_(coefficients[2])
+        elif self.decays:
+            gradients.addcmul_(parameters, self.decay)
+        match optimizer:
+            case specs.SGD(nesterov=nesterov):
+                if "momentum" in buffers:
+                    # gradients + momentum * buffer, in one pass over memory
+                    velocity = torch.addcmul(gradients, buffers["momentum"], self.momentum, out=buffers["momentum"])
+                    gradients = gradients.addcmul_(velocity, self.momentum) if nesterov else velocity
+                parameters.addcmul_(gradients, rate, value=-1)
+            case specs.Adam(betas=betas, eps=eps) | specs.AdamW(betas=betas, eps=eps):
+                buffers["mean"].lerp_(gradients, 1 - betas[0])
+                buffers["square"].mul_(betas[1]).addcmul_(gradients, gradients, value=1 - betas[1])
+                denominator = torch.sqrt(buffers["square"], out=gradients).div_(coefficients[1]).add_(eps)
+                parameters.addcdiv_(buffers["mean"] * rate, denominator, value=-1)
+
+    def coefficients(self, rates: np.ndarray, first: int) -> list[tuple[Tensor, ...]]:
+        """What changes from step to step, each [K, 1], for the steps from `first` on with these learning rates [S, K]."""
+        columns = [rates]
+        if isinstance(optimizer := self.optimizers[0], specs.Adam | specs.AdamW):
+            steps = np.arange(first, first + len(rates))[:, None]
+            columns = [rates / (1 - optimizer.betas[0] ** steps), np.sqrt(1 - optimizer.betas[1] ** steps) + 0 * rates]
+        if isinstance(optimizer, specs.AdamW):
+            columns += [1 - rates * np.array([each.weight_decay for each in self.optimizers])]
+        table = torch.from_numpy(np.stack(columns, axis=1)[..., None]).to(self.parameters)  # [S, columns, K, 1]
+        return [step.unbind() for step in table.unbind()]
+
+    def _column(self, values: list[float]) -> Tensor:
+        return self.parameters.new_tensor(values)[:, None]
+
+
+def buffer_names(optimizer: Optimizer) -> tuple[str, ...]:
+    """The buffers that an optimizer needs, each of the size of the parameters."""
     match optimizer:
-        case specs.SGD(momentum=0.0):
-            parameters.add_(gradients, alpha=-lr)
-        case specs.SGD(momentum=momentum, nesterov=nesterov):
-            # gradients + momentum * buffer, in one pass over memory
-            torch.add(gradients, carried["momentum"], alpha=momentum, out=carried["momentum"])
-            if nesterov:
-                parameters.add_(gradients.add_(carried["momentum"], alpha=momentum), alpha=-lr)
-            else:
-                parameters.add_(carried["momentum"], alpha=-lr)
-        case specs.Adam(betas=betas, eps=eps) | specs.AdamW(betas=betas, eps=eps):
-            carried["mean"].lerp_(gradients, 1 - betas[0])
-            carried["square"].mul_(betas[1]).addcmul_(gradients, gradients, value=1 - betas[1])
-            denominator = torch.sqrt(carried["square"], out=gradients).div_(math.sqrt(1 - betas[1] ** step)).add_(eps)
-            parameters.addcdiv_(carried["mean"], denominator, value=-lr / (1 - betas[0] ** step))
+        case specs.SGD(momentum=momentum):
+            return ("momentum",) if momentum else ()
+        case specs.Adam() | specs.AdamW():
+            return ("mean", "square")
 
 
-def learning_rate(spec: specs.ExperimentSpec, step: int) -> float:
-    """The learning rate of update `step` (1 to spec.steps).
+def learning_rates(spec: specs.ExperimentSpec, steps: np.ndarray) -> np.ndarray:
+    """[S] the learning rates of these updates (1 to spec.steps).
 
     The schedules are those of torch.optim.lr_scheduler (StepLR, CosineAnnealingLR, LinearLR, OneCycleLR), stepped per update.
     """
     warmup = spec.schedule.warmup_steps
-    if step <= warmup:
-        return _scheduled(spec, 0, spec.steps - warmup) * step / warmup
-    return _scheduled(spec, step - 1 - warmup, spec.steps - warmup)
+    scheduled = _scheduled(spec, np.maximum(steps - 1 - warmup, 0), spec.steps - warmup)
+    return scheduled * np.minimum(steps / warmup, 1.0) if warmup else scheduled
 
 
-def _scheduled(spec: specs.ExperimentSpec, done: int, total: int) -> float:
-    """The rate of the update after `done` of the schedule's `total` ones."""
+def _scheduled(spec: specs.ExperimentSpec, done: np.ndarray, total: int) -> np.ndarray:
+    """The rates of the updates after `done` of the schedule's `total` ones."""
     peak = spec.optimizer.lr
     match spec.schedule:
         case specs.Constant():
-            return peak
+            return np.full(len(done), peak)
         case specs.Step(every_epochs=every, factor=factor):
             return peak * factor ** (done // (every * spec.steps_per_epoch))
         case specs.Cosine(final_fraction=final):
@@ -73,10 +98,10 @@ def _scheduled(spec: specs.ExperimentSpec, done: int, total: int) -> float:
             return peak * (1 + (final - 1) * done / total)
         case specs.OneCycle(rise=rise, initial_divisor=initial, final_divisor=final):
             top = rise * total - 1
-            if done <= top:
-                return _anneal(peak / initial, peak, done / top if top else 1.0)
-            return _anneal(peak, peak / initial / final, (done - top) / (total - 1 - top))
+            up = _anneal(peak / initial, peak, done / top if top else np.ones(len(done)))
+            down = _anneal(peak, peak / initial / final, (done - top) / (total - 1 - top))
+            return np.where(done <= top, up, down)
 
 
-def _anneal(start: float, end: float, fraction: float) -> float:
-    return end + (start - end) * (1 + math.cos(math.pi * fraction)) / 2
+def _anneal(start: float, end: float, fraction: np.ndarray) -> np.ndarray:
+    return end + (start - end) * (1 + np.cos(np.pi * fraction)) / 2

@@ -154,6 +154,8 @@ class Train(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the initial weights and of the order of the batches."""
     loss: Literal["cross_entropy"] = "cross_entropy"
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    """Of the matrix products; weights, sums and updates are float32. tf32: needs a CUDA device; bf16: by torch.autocast."""
     early_stopping: EarlyStopping | None = None
 
 
@@ -169,6 +171,8 @@ class Compute(Section):
     """auto: a CUDA device where there is one."""
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     """CPU threads of the trainer; for matrices this small one is the fastest."""
+    stack: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=4_096)] = "auto"
+    """Runs of one shape that are trained in the same steps; auto: many on a CUDA device, one on the CPU, where more gain nothing."""
 
 
 def valid_name(name: str) -> str:
@@ -240,6 +244,13 @@ class ExperimentSpec(Section):
     def group(self) -> str:
         """The fingerprint without the seed: runs that share it differ by chance alone."""
         return _digest(self._definition(without_seed=True))
+
+    @property
+    def shape(self) -> str:
+        """What runs that are trained in the same steps share: all but seeds, early stopping, the schedule and the optimizer's rates."""
+        train = self.train.model_dump(exclude={"seed", "early_stopping"})
+        optimizer = self.optimizer.model_dump(exclude={"lr", "momentum", "weight_decay"})
+        return _digest({"data": self.data.model_dump(), "model": self.model.model_dump(), "train": train, "optimizer": optimizer})
 
     def _definition(self, without_seed: bool = False) -> dict[str, Any]:
         changed = self.model_dump(mode="json", include=set(DEFINING), exclude_defaults=True)

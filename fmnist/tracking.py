@@ -6,6 +6,7 @@ mlflow itself is imported inside `connect`, after the settings that it reads onc
 import contextlib
 import fcntl
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import os
@@ -68,13 +69,13 @@ def uri(root: Path) -> str:
 def connect(root: Path, create: bool = False) -> "Store":
     """Open the store; with `create` the local one is made if there is none. Raises StoreError where there is none, or none of use."""
     os.environ.update(SETTINGS)
-    if specs.tracking_server() is None:
-        with _told(f"{database(root)} can't be used", "make mlruns/ writable for you, restore the file, or move it away to start anew"):
-            if not create and not database(root).exists():
-                raise StoreError(f"no runs are recorded in {root / 'mlruns'} yet; start one with: make run EXP=baseline")
-            _prepare(root)
-            return Store(root)
-    return Store(root)
+    if specs.tracking_server():
+        return Store(root)
+    with _told(f"{database(root)} can't be used", "make mlruns/ writable for you, restore the file, or move it away to start anew"):
+        if not create and not database(root).exists():
+            raise StoreError(f"no runs are recorded in {root / 'mlruns'} yet; start one with: make run EXP=baseline")
+        _prepare(root)
+        return Store(root)
 
 
 @contextlib.contextmanager
@@ -149,9 +150,9 @@ class Store:
     """An open MLflow store, local or a server."""
 
     def __init__(self, root: Path) -> None:
-        from mlflow import MlflowClient
+        from mlflow import MlflowClient, entities
 
-        self.root = root
+        self.root, self.entities = root, entities
         self.local = specs.tracking_server() is None
         self._opened = database(root).stat() if self.local else None
         self.client = MlflowClient(tracking_uri=uri(root))
@@ -164,64 +165,51 @@ class Store:
 
     def identity(self) -> str:
         """What tells this store from others wherever it is moved: when its first experiment was made; empty where there is none."""
-        from mlflow.entities import ViewType
-
-        oldest = self.client.search_experiments(ViewType.ALL, max_results=1, order_by=["creation_time"])
+        oldest = self.client.search_experiments(self.entities.ViewType.ALL, max_results=1, order_by=["creation_time"])
         return str(oldest[0].creation_time) if oldest else ""
 
     # ---- writing a run
 
     def experiment(self, name: str) -> str:
         """The id of an experiment, made if there is none."""
-        from mlflow.exceptions import MlflowException
-
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
-            location = (self.root / "mlruns" / "artifacts" / name).as_uri() if self.local else None
-            try:
-                return str(self.client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS))
-            except MlflowException:  # someone else has made it meanwhile
-                found = self.client.get_experiment_by_name(name)
-                if found is None:
-                    raise
-        return str(found.experiment_id)
+        location = (self.root / "mlruns" / "artifacts" / name).as_uri() if self.local else None
+        try:
+            return str(self.client.create_experiment(name, location, EXPERIMENT_TAGS))
+        except Exception:  # there is one already, perhaps made by someone else this moment
+            if (found := self.client.get_experiment_by_name(name)) is None:
+                raise
+            return str(found.experiment_id)
 
     def create_run(
-        self, experiment: str, key: str, name: str, started_ms: int, spec: specs.ExperimentSpec, tags: Mapping[str, str], digest: str
+        self, experiment: str, key: str, name: str, started_ms: int, spec: specs.ExperimentSpec, tags: Mapping[str, Any], digest: str
     ) -> str:
         """The id of the run with this key: created with its parameters, tags and datasets unless an earlier attempt got that far."""
-        from mlflow.entities import Param, ViewType
-
-        earlier = self.client.search_runs([experiment], f"tags.run_key = '{key}'", ViewType.ALL, max_results=1)
-        all_tags = {**tags, "run_key": key, "mlflow.source.name": "fmnist", "mlflow.source.type": "LOCAL"}
+        earlier = self.client.search_runs([experiment], f"tags.run_key = '{key}'", self.entities.ViewType.ALL, max_results=1)
+        all_tags = _texts({**tags, "run_key": key, "mlflow.source.name": "fmnist", "mlflow.source.type": "LOCAL"})
         info = earlier[0].info if earlier else self.client.create_run(experiment, started_ms, all_tags, name).info
         if info.lifecycle_stage == "active":  # nothing can be added to a deleted one
             values = {path: value for path, value in spec.flat().items() if path not in ("name", "question")}
-            parameters = [Param(path, "null" if value is None else str(value)) for path, value in values.items()]
+            parameters = [self.entities.Param(path, "null" if value is None else str(value)) for path, value in values.items()]
             self.client.log_batch(info.run_id, params=parameters)
-            self.client.log_inputs(info.run_id, self._datasets(spec, digest))
+            self.client.log_inputs(info.run_id, self._datasets(spec, digest[:36]))  # the whole digest is a tag: MLflow takes 36 characters
         return str(info.run_id)
 
     def _datasets(self, spec: specs.ExperimentSpec, digest: str) -> list[Any]:
         from mlflow.data.http_dataset_source import HTTPDatasetSource
         from mlflow.data.meta_dataset import MetaDataset
-        from mlflow.entities import DatasetInput, InputTag
 
         splits = {"train": f"train-{spec.train_images}", "validation": "test"}
         if spec.data.holdout:
             splits |= {"validation": "train-held-out", "test": "test"}
         inputs = []
         for context, name in splits.items():
-            # MLflow takes 36 characters of digest; the whole one is a tag of the run.
-            dataset = MetaDataset(HTTPDatasetSource(DATA_URL), name=f"fashion-mnist-{name}", digest=digest[:36])
-            inputs.append(DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", context)]))
+            dataset = MetaDataset(HTTPDatasetSource(DATA_URL), name=f"fashion-mnist-{name}", digest=digest)._to_mlflow_entity()
+            inputs.append(self.entities.DatasetInput(dataset, [self.entities.InputTag("mlflow.data.context", context)]))
         return inputs
 
     def log_points(self, run_id: str, points: Iterable[Point]) -> None:
         """Store points, a request per thousand; one that is stored already is left as it is."""
-        from mlflow.entities import Metric
-
-        metrics = (Metric(point.key, point.value, point.timestamp_ms, point.step) for point in points)
+        metrics = (self.entities.Metric(point.key, point.value, point.timestamp_ms, point.step) for point in points)
         while batch := list(itertools.islice(metrics, BATCH)):
             self.client.log_batch(run_id, metrics=batch)
 
@@ -233,18 +221,12 @@ class Store:
             return {key: stored.get(key, 0) for key in keys}
         return {key: len(self.client.get_metric_history(run_id, key)) for key in keys}
 
-    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-
-    def log_artifacts(self, run_id: str, folder: Path) -> None:
-        self.client.log_artifacts(run_id, str(folder))
+    def set_tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
+        """Set those tags of a run that are not None."""
+        self.client.log_batch(run_id, tags=[self.entities.RunTag(key, value) for key, value in _texts(tags).items()])
 
     def log_model(self, run_id: str, module: Any, example: np.ndarray, step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
         """Log a module (see save_model) as the run's model, with the metrics it earned."""
-        from mlflow.entities import LoggedModelOutput, Metric
-
         run = self.client.get_run(run_id)
         if run.outputs and run.outputs.model_outputs:
             return  # an earlier attempt got that far
@@ -252,14 +234,15 @@ class Store:
         begun = self.client.search_logged_models([experiment], f"source_run_id = '{run_id}'", max_results=1)
         # mlflow.pytorch.log_model would read the whole metric history of the run back; the calls below it don't.
         logged = begun[0] if begun else self.client.create_logged_model(experiment, "model", run_id, None, run.data.params, "classifier")
-        ids = {"run_id": run_id, "model_uuid": logged.model_id, "model_id": logged.model_id}
+        model_id = logged.model_id
+        identity = {"artifact_path": logged.artifact_location, "run_id": run_id, "model_uuid": model_id, "model_id": model_id}
         with tempfile.TemporaryDirectory() as folder:
-            save_model(module, example, Path(folder) / "model", {"artifact_path": logged.artifact_location, **ids})
-            self.client.log_model_artifacts(logged.model_id, str(Path(folder) / "model"))
-        self.client.finalize_logged_model(logged.model_id, "READY")
-        linked = [Metric(key, value, timestamp_ms, 0, model_id=logged.model_id, run_id=run_id) for key, value in metrics.items()]
+            save_model(module, example, Path(folder) / "model", identity)
+            self.client.log_model_artifacts(model_id, str(Path(folder) / "model"))
+        self.client.finalize_logged_model(model_id, "READY")
+        linked = [self.entities.Metric(key, value, timestamp_ms, 0, model_id, run_id=run_id) for key, value in metrics.items()]
         self.client.log_batch(run_id, metrics=linked)
-        self.client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
+        self.client.log_outputs(run_id, [self.entities.LoggedModelOutput(model_id, step)])
 
     def close_run(self, run_id: str, status: str, ended_ms: int) -> None:
         """Give a run its final status and its end; then refresh the statistics without which SQLite reads charts quadratically."""
@@ -275,12 +258,11 @@ class Store:
             self.client.delete_tag(run_id, "reason")
 
     def is_deleted(self, run_id: str) -> bool:
-        from mlflow.exceptions import MlflowException
-
+        """Whether the store is there and the run is not, or is deleted; raises what MLflow raises where that can't be told."""
         try:
             return bool(self.client.get_run(run_id).info.lifecycle_stage == "deleted")
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+        except Exception as error:
+            if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
                 return True
             raise
 
@@ -292,20 +274,16 @@ class Store:
         import pandas as pd
 
         ids = [experiment.experiment_id for experiment in self.client.search_experiments()]
-        rows = []
-        for run in self._pages(ids, "tags.kind = 'run'" + (f" and attributes.status = '{status}'" if status else "")):
-            values, row = run.data, {column: getattr(run.info, field) for column, field in INFO.items()}
-            row |= {f"p/{key}": value for key, value in values.params.items()}
-            row |= {f"m/{key}": value for key, value in values.metrics.items()}
-            row |= {f"t/{key}": value for key, value in values.tags.items()}
-            rows.append(row)
-        return pd.DataFrame(rows, columns=None if rows else list(INFO))
-
-    def _pages(self, ids: list[str], query: str) -> Iterator[Any]:
-        page: Any = None
+        query = "tags.kind = 'run'" + (f" and attributes.status = '{status}'" if status else "")
+        rows, page = [], None
         while page is None or page.token:
             page = self.client.search_runs(ids, query, max_results=PAGE, order_by=["attributes.start_time"], page_token=page and page.token)
-            yield from page
+            for run in page:
+                row = {column: getattr(run.info, field) for column, field in INFO.items()}
+                for letter, values in (("p", run.data.params), ("m", run.data.metrics), ("t", run.data.tags)):
+                    row |= {f"{letter}/{key}": value for key, value in values.items()}
+                rows.append(row)
+        return pd.DataFrame(rows, columns=None if rows else list(INFO))
 
     def curves(self, run_id: str) -> "pd.DataFrame":
         """A run's curves.parquet (see journal.curves); raises StoreError as `artifacts` does."""
@@ -333,28 +311,24 @@ class Store:
             return Path(self.client.download_artifacts(run_id, artifact, str(folder)))
 
 
+def _texts(tags: Mapping[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in tags.items() if value is not None}
+
+
 def save_model(module: Any, example: np.ndarray, path: Path, identity: Mapping[str, str] | None = None) -> None:
     """Save a torch module that takes raw images as an exported program: it loads without this package and without unpickling code.
 
     `example` is uint8 [B, 28, 28] with B above 1, else torch.export would freeze the batch size; `identity` ties it to a run.
     """
-    import importlib.metadata
-
     import mlflow.pytorch
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    images, probabilities = (TensorSpec(np.dtype(np.uint8), (-1, 28, 28)), TensorSpec(np.dtype(np.float32), (-1, specs.CLASSES)))
+    images, probabilities = TensorSpec(np.dtype(np.uint8), (-1, 28, 28)), TensorSpec(np.dtype(np.float32), (-1, specs.CLASSES))
     requirements = [f"{package}=={importlib.metadata.version(package)}" for package in ("mlflow", "torch", "numpy")]
-    mlflow.pytorch.save_model(
-        module,
-        path,
-        mlflow_model=Model(**(identity or {})),
-        signature=ModelSignature(Schema([images]), Schema([probabilities])),
-        input_example=example,
-        pip_requirements=requirements,
-        serialization_format="pt2",
-    )
+    signature, model = ModelSignature(Schema([images]), Schema([probabilities])), Model(**(identity or {}))
+    options = {"input_example": example, "pip_requirements": requirements, "serialization_format": "pt2"}
+    mlflow.pytorch.save_model(module, path, mlflow_model=model, signature=signature, **options)
 
 
 def page(experiment_id: str, run_id: str = "", port: int = 5000) -> str:

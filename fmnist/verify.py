@@ -12,21 +12,18 @@ import torch
 from fmnist import checkpoint, data, engine, environment, experiments
 from fmnist import spec as specs
 from fmnist.errors import StoreError
-from fmnist.journal import Recorded, Unequal, from_curves
+from fmnist.journal import Recorded, Unequal, from_curves, unequal_values
 
-ARTIFACTS = ("spec.yaml", "curves.parquet", "checkpoint.pt", "environment.json")
-"""What is needed of a run."""
+ARTIFACTS = ("spec.yaml", "curves.parquet", "checkpoint.pt", "environment.json")  # what is needed of a run
 
 
 @dataclass
 class Verification:
     steps: int
     evaluations: int = 0
-    weights: bool = False
-    """Whether the weights were compared too: only at the end of the run."""
+    weights: bool = False  # whether they were compared too: only at the end of the run
     unequal: list[Unequal] = field(default_factory=list)
-    environment: dict[str, str] = field(default_factory=dict)
-    """What differs from where it was run."""
+    environment: dict[str, str] = field(default_factory=dict)  # what differs from where it was run
 
 
 def verify(folder: Path, root: Path, steps: int | None, say: Callable[[str], None]) -> Verification:
@@ -35,37 +32,29 @@ def verify(folder: Path, root: Path, steps: int | None, say: Callable[[str], Non
     curves = pd.read_parquet(folder / "curves.parquet")
     last = min(steps or spec.steps, int(curves["step"].max()))
     recorded = Recorded(from_curves(spec, curves, last, 0))
-    device = engine.device(spec.compute)
-    dataset = data.load(spec.data, root, device, say)
-    trainer = engine.Engine(spec, dataset)
-    before = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    now = environment.facts(environment.collect("", device))
-    found = Verification(last, environment=environment.differences(environment.facts(before), now))
-    weights = _weights(folder, spec)
+    device = engine.device(spec.compute, spec.train.precision)
+    trainer = engine.Engine([spec], data.load(spec.data, root, device, say))
+    before = environment.facts(json.loads((folder / "environment.json").read_text(encoding="utf-8")))
+    found = Verification(last, environment=environment.differences(before, environment.facts(environment.collect("", device))))
+    try:
+        state = checkpoint.load(folder / "checkpoint.pt", spec)
+    except ValueError as error:
+        raise StoreError(str(error)) from None
+    weights = {kept["step"]: kept["parameters"] for kept in (state["best"], state) if kept}
     for segment in specs.plan(spec):
         stop = min(segment.stop, last)
         if stop > trainer.step:
-            found.unequal += recorded.unequal_steps(trainer.step + 1, vars(trainer.train(stop)))
+            found.unequal += recorded.unequal_steps(trainer.step + 1, vars(trainer.train(stop)[0]))
         if segment.evaluate and segment.stop <= last and (evaluated := recorded.evaluations.get(stop)):
-            evaluation = trainer.evaluate(dataset.validation)
-            computed = {"val/loss": evaluation.loss, "val/accuracy": evaluation.accuracy}
-            found.unequal += recorded.unequal_values(stop, evaluated, computed)
+            evaluation = trainer.evaluate(trainer.dataset.validation)
+            found.unequal += unequal_values(stop, evaluated, {"val/loss": evaluation.loss, "val/accuracy": evaluation.accuracy})
             found.evaluations += 1
-        if (then := weights.pop(stop, None)) is not None and not torch.equal(weight := trainer.parameters.cpu(), then):
+        if (then := weights.pop(stop, None)) is not None and not torch.equal(weight := trainer.parameters[0].cpu(), then):
             row = int((weight - then).abs().argmax())
             found.unequal.append(Unequal(stop, f"parameter {row}", float(then[row]), float(weight[row])))
     found.weights = not weights
     found.unequal.sort(key=lambda difference: difference.step)
     return found
-
-
-def _weights(folder: Path, spec: specs.ExperimentSpec) -> dict[int, torch.Tensor]:
-    """The weights that a run left: the last ones and, with early stopping, the best ones, each by its step."""
-    try:
-        state = checkpoint.load(folder / "checkpoint.pt", spec)
-    except ValueError as error:
-        raise StoreError(str(error)) from None
-    return {kept["step"]: kept["parameters"] for kept in (state["best"], state) if kept}
 
 
 def largest(unequal: list[Unequal]) -> Unequal:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fmnist import journal, tracking
+from fmnist import journal, state, tracking
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -109,7 +109,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
 
 def trained(home: Path) -> int:
     """Steps that the one journal in this home holds."""
-    records = [record for folder in journal.state_folders(home) for record in journal.read(folder.path / "journal")[0]]
+    records = [record for folder in state.state_folders(home) for record in journal.read(folder.path / "journal")[0]]
     return sum(record.fields["count"] for record in records if record.kind == "train")
 
 

@@ -36,7 +36,7 @@ def experiment(seed: int = 0, **optimizer: Any) -> specs.ExperimentSpec:
 
 
 def trained(spec: specs.ExperimentSpec, dataset: data.Dataset) -> dict[str, Any]:
-    trainer = engine.Engine(spec, dataset)
+    trainer = engine.Engine([spec], dataset)
     trainer.train(7)
     return trainer.state()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, SMALL, Fmnist, free_port
 
-from fmnist import experiments, journal
+from fmnist import experiments, state
 from fmnist import spec as specs
 
 PACKAGE = Path(specs.__file__).parent
@@ -185,7 +185,7 @@ def test_show_imports_neither_torch_nor_mlflow() -> None:
 
 def test_importing_prints_nothing_and_only_what_trains_imports_torch() -> None:
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
-    trains = {"checkpoint", "data", "doctor", "engine", "environment", "model", "optim", "runner", "verify"}
+    trains = {"checkpoint", "data", "doctor", "engine", "environment", "model", "optim", "runner", "training", "verify"}
     assert trains < modules
     lines = [f"import fmnist.{name}" for name in sorted(modules - trains)]
     result = printed_by("\n".join([*lines, "import sys", "assert not {'torch', 'mlflow'} & set(sys.modules), 'imported'"]))
@@ -224,7 +224,7 @@ def test_what_to_run_has_to_be_clear(fmnist: Fmnist, home: Path, arguments: list
 
 def test_resume_refuses_what_it_cant_continue_and_doctor_tells_what_to_do(fmnist: Fmnist, home: Path) -> None:
     assert fmnist(*SMALL, "--no-sync").returncode == 0
-    key = journal.state_folders(home)[0].path.name
+    key = state.state_folders(home)[0].path.name
     for arguments, fragment in (
         (["run", "--resume", key], f"{key} has ended, there is nothing to continue; `fmnist sync`"),
         (["run", "baseline", "--resume", key, "--fresh"], "--fresh starts anew and --resume goes on"),

@@ -13,15 +13,15 @@ import pytest
 import torch
 from conftest import LONG, SMALL, Fmnist, start, stored_steps, trained, wait_for
 
-from fmnist import journal, tracking
+from fmnist import state, tracking
 
 pytestmark = pytest.mark.usefixtures("with_store")
 EPOCHS = (*LONG, "-s", "train.epochs=4", "--json")
 STEPS = 4 * 1875
 
 
-def only_folder(home: Path) -> journal.StateFolder:
-    (folder,) = journal.state_folders(home)
+def only_folder(home: Path) -> state.StateFolder:
+    (folder,) = state.state_folders(home)
     return folder
 
 
@@ -36,7 +36,7 @@ def assert_continued(home: Path, run_id: str, finished: "subprocess.CompletedPro
     assert [point.step for point in store.client.get_metric_history(run_id, "val/loss")] == [*range(0, STEPS, 500), STEPS]
     assert len(store.runs(status=None)) == 1
     assert store.curves(run_id)["step"].tolist() == list(range(STEPS + 1))
-    wait_for(lambda: not journal.state_folders(home))
+    wait_for(lambda: not state.state_folders(home))
 
 
 @pytest.mark.parametrize(("signal_number", "exit_code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
@@ -64,7 +64,7 @@ def test_kill_9_of_trainer_and_sidecar_is_seen_by_the_next_command_and_continued
     process = start(*EPOCHS)
     wait_for(lambda: trained(home) >= 1000 and only_folder(home).carried.get("offset"))
     process.kill()
-    os.kill(int(journal.carrier_lock(home).read_text()), signal.SIGKILL)
+    os.kill(int(state.carrier_lock(home).read_text()), signal.SIGKILL)
     process.wait()
     run_id, key = only_folder(home).carried["run_id"], only_folder(home).path.name
     store = tracking.connect(home)
@@ -90,8 +90,8 @@ def test_kill_9_of_trainer_and_sidecar_is_seen_by_the_next_command_and_continued
 def test_killed_sidecar_is_started_again_and_nothing_is_lost_or_doubled(home: Path) -> None:
     process = start(*LONG, "-s", "train.epochs=3", "--json")
     for steps in (1000, 3000):
-        wait_for(lambda: trained(home) >= steps and journal.is_locked(journal.carrier_lock(home)))  # noqa: B023
-        os.kill(int(journal.carrier_lock(home).read_text()), signal.SIGKILL)
+        wait_for(lambda: trained(home) >= steps and state.is_locked(state.carrier_lock(home)))  # noqa: B023
+        os.kill(int(state.carrier_lock(home).read_text()), signal.SIGKILL)
     outcome = json.loads(process.communicate(timeout=120)[0])
     assert (process.returncode, outcome["status"]) == (0, "FINISHED")
     store = tracking.connect(home)

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from fmnist import data, engine, model, plots
 from fmnist import spec as specs
+from fmnist.errors import SpecError
 
 STEPS = 60
 HOLDOUT = 59_000
@@ -61,8 +62,8 @@ def assert_same_training(ours: engine.Engine, found: engine.Curves, module: nn.M
     np.testing.assert_array_equal(found.accuracy, wanted.accuracy.astype(np.float32))
     np.testing.assert_allclose(found.lr, wanted.lr, rtol=1e-12)
     # Adam divides a gradient by its own size, so where one cancels to almost nothing the rounding shows in the update.
-    tolerance = 1e-6 if isinstance(ours.spec.optimizer, specs.SGD) else ours.spec.optimizer.lr / 100
-    torch.testing.assert_close(ours.parameters, flat(module), rtol=1e-5, atol=tolerance)
+    tolerance = 1e-6 if isinstance(ours.specs[0].optimizer, specs.SGD) else ours.specs[0].optimizer.lr / 100
+    torch.testing.assert_close(ours.parameters[0], flat(module), rtol=1e-5, atol=tolerance)
 
 
 def flat(module: nn.Module) -> torch.Tensor:
@@ -85,23 +86,23 @@ def joined(*curves: engine.Curves) -> engine.Curves:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_training_is_the_obvious_loop(optimizer: str, schedule: str, dataset: data.Dataset) -> None:
     spec = experiment(optimizer=OPTIMIZERS[optimizer], schedule=SCHEDULES[schedule])
-    ours, module = engine.Engine(spec, dataset), model.build(spec.model, spec.train.seed)
-    assert_same_training(ours, ours.train(STEPS), module, loop(spec, dataset, module))
+    ours, module = engine.Engine([spec], dataset), model.build(spec.model, spec.train.seed)
+    assert_same_training(ours, ours.train(STEPS)[0], module, loop(spec, dataset, module))
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh", "sigmoid"])
 @pytest.mark.parametrize("hidden", [(), (300, 100), (32, 24, 16)])
 def test_every_mlp_trains_as_in_the_loop(hidden: tuple[int, ...], activation: str, dataset: data.Dataset) -> None:
     spec = experiment(seed=3, model=specs.MLP(hidden=hidden, activation=activation), optimizer=specs.SGD(lr=0.1))
-    ours, module = engine.Engine(spec, dataset), model.build(spec.model, spec.train.seed)
-    assert_same_training(ours, ours.train(STEPS), module, loop(spec, dataset, module))
+    ours, module = engine.Engine([spec], dataset), model.build(spec.model, spec.train.seed)
+    assert_same_training(ours, ours.train(STEPS)[0], module, loop(spec, dataset, module))
 
 
 def test_autograd_trains_as_the_explicit_gradient(dataset: data.Dataset) -> None:
     spec = experiment(optimizer=specs.SGD(lr=0.1, momentum=0.9))
-    explicit, recorded = engine.Engine(spec, dataset), engine.Engine(spec, dataset)
-    recorded.passes = dict.fromkeys(recorded.passes, engine.AutogradGradient(recorded.module, recorded.gradients))
-    assert_same_training(explicit, explicit.train(STEPS), recorded.module, recorded.train(STEPS))
+    explicit, recorded = engine.Engine([spec], dataset), engine.Engine([spec], dataset)
+    recorded.passes = dict.fromkeys(recorded.passes, engine.AutogradGradient(recorded.modules, recorded.gradients))
+    assert_same_training(explicit, explicit.train(STEPS)[0], recorded.modules[0], recorded.train(STEPS)[0])
 
 
 def test_another_kind_of_module_trains_as_in_the_loop(dataset: data.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,8 +112,8 @@ def test_another_kind_of_module_trains_as_in_the_loop(dataset: data.Dataset, mon
 
     monkeypatch.setattr(model, "build", convolutional)  # a spec can't ask for such a model yet
     spec = experiment(optimizer=specs.SGD(lr=0.1))
-    ours, module = engine.Engine(spec, dataset), convolutional(spec.model, spec.train.seed)
-    curves = ours.train(STEPS)
+    ours, module = engine.Engine([spec], dataset), convolutional(spec.model, spec.train.seed)
+    curves = ours.train(STEPS)[0]
     assert_same_training(ours, curves, module, loop(spec, dataset, module))
     assert curves.loss[-10:].mean() < 0.8 * curves.loss[:10].mean()
 
@@ -122,22 +123,22 @@ def test_another_kind_of_module_trains_as_in_the_loop(dataset: data.Dataset, mon
 
 def test_a_run_may_be_cut_anywhere(dataset: data.Dataset) -> None:
     spec = experiment(optimizer=specs.AdamW(lr=1e-3), schedule=specs.Cosine(warmup_steps=10))
-    whole, cut = engine.Engine(spec, dataset), engine.Engine(spec, dataset)
+    whole, cut = engine.Engine([spec], dataset), engine.Engine([spec], dataset)
     parts = []
     for stop in (1, 21, 40, 42, 100):
-        parts.append(cut.train(stop))
+        parts.append(cut.train(stop)[0])
         cut.evaluate(dataset.validation)
         assert cut.step == stop
-    assert_same_bits(joined(*parts), whole.train(100))
+    assert_same_bits(joined(*parts), whole.train(100)[0])
     assert torch.equal(cut.parameters, whole.parameters)
-    assert torch.equal(flat(cut.module), cut.parameters)
+    assert torch.equal(flat(cut.modules[0]), cut.parameters[0])
 
 
 def test_the_seed_decides_the_run(dataset: data.Dataset) -> None:
-    engines = [engine.Engine(experiment(seed), dataset) for seed in (1, 1, 2)]
+    engines = [engine.Engine([experiment(seed)], dataset) for seed in (1, 1, 2)]
     assert torch.equal(engines[0].parameters, engines[1].parameters)
     assert not torch.equal(engines[0].parameters, engines[2].parameters)
-    first, again, other = (trained.train(STEPS) for trained in engines)
+    first, again, other = (trained.train(STEPS)[0] for trained in engines)
     assert_same_bits(again, first)
     assert torch.equal(engines[0].parameters, engines[1].parameters)
     assert not np.array_equal(other.loss, first.loss)
@@ -147,24 +148,24 @@ def test_the_seed_decides_the_run(dataset: data.Dataset) -> None:
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw"])
 def test_a_state_is_whole(optimizer: str, into: str, dataset: data.Dataset) -> None:
     spec = experiment(optimizer=OPTIMIZERS[optimizer], schedule=SCHEDULES["one_cycle"])
-    ours = engine.Engine(spec, dataset)
+    ours = engine.Engine([spec], dataset)
     ours.train(30)
     state = ours.state()
-    wanted, parameters = ours.train(90), ours.parameters.clone()
-    other = ours if into == "itself" else engine.Engine(spec, dataset)
+    wanted, parameters = ours.train(90)[0], ours.parameters.clone()
+    other = ours if into == "itself" else engine.Engine([spec], dataset)
     other.load_state(state)
     assert other.step == 30
-    assert_same_bits(other.train(90), wanted)
+    assert_same_bits(other.train(90)[0], wanted)
     assert torch.equal(other.parameters, parameters)
 
 
 def test_evaluation_is_the_full_batch_computation(dataset: data.Dataset) -> None:
     split = dataset.validation
-    ours = engine.Engine(experiment(optimizer=specs.Adam(lr=0.01)), dataset)
+    ours = engine.Engine([experiment(optimizer=specs.Adam(lr=0.01))], dataset)
     ours.train(STEPS)
     found = ours.evaluate(split)
     with torch.no_grad():
-        logits = ours.module(split.images.view(-1, 1, 28, 28))
+        logits = ours.modules[0](split.images.view(-1, 1, 28, 28))
     labels, predicted = split.labels.numpy(), found.logits.argmax(1)
     np.testing.assert_allclose(found.logits, logits.numpy(), rtol=1e-4, atol=1e-5)
     assert found.loss == pytest.approx(functional.cross_entropy(logits.double(), split.labels).item(), rel=1e-6)
@@ -178,8 +179,8 @@ def test_evaluation_is_the_full_batch_computation(dataset: data.Dataset) -> None
 
 
 def test_a_diverging_run_shows_in_its_curves(dataset: data.Dataset) -> None:
-    ours = engine.Engine(experiment(optimizer=specs.SGD(lr=1_000.0, weight_decay=100.0)), dataset)
-    loss = ours.train(STEPS).loss
+    ours = engine.Engine([experiment(optimizer=specs.SGD(lr=1_000.0, weight_decay=100.0))], dataset)
+    loss = ours.train(STEPS)[0].loss
     assert np.isfinite(loss[0])
     assert not np.isfinite(loss[-1])
     assert not np.isfinite(ours.evaluate(dataset.validation).loss)
@@ -187,11 +188,155 @@ def test_a_diverging_run_shows_in_its_curves(dataset: data.Dataset) -> None:
 
 @pytest.mark.parametrize("stop", [1, STEPS])
 def test_curves_have_a_value_per_step(stop: int, dataset: data.Dataset) -> None:
-    curves = engine.Engine(experiment(), dataset).train(stop)
+    curves = engine.Engine([experiment()], dataset).train(stop)[0]
     assert [(getattr(curves, name).shape, getattr(curves, name).dtype) for name in CURVES] == [((stop,), t) for t in CURVES.values()]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_a_missing_cuda_device_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"compute\.device"):
+    with pytest.raises(SpecError, match=r"compute\.device"):
         engine.device(specs.Compute(device="cuda"))
+
+
+# ---- many models in the same steps
+
+LONG_RUN = 300
+STACKS = {
+    "sgd": [specs.SGD(lr=0.1), specs.SGD(lr=0.1), specs.SGD(lr=0.02, weight_decay=0.01)],
+    "momentum": [specs.SGD(lr=0.05, momentum=0.9), specs.SGD(lr=0.02), specs.SGD(lr=0.02, momentum=0.5, weight_decay=0.01)],
+    "nesterov": [specs.SGD(lr=lr, momentum=momentum, nesterov=True) for lr, momentum in ((0.05, 0.9), (0.02, 0.5))],
+    "adam": [specs.Adam(lr=1e-3), specs.Adam(lr=3e-3, weight_decay=0.01)],
+    "adamw": [specs.AdamW(lr=1e-3), specs.AdamW(lr=3e-3, weight_decay=0.1), specs.AdamW(lr=3e-3, weight_decay=0.0)],
+}
+SCHEDULED = [specs.Constant(), specs.Cosine(warmup_steps=20), specs.Step(every_epochs=2, factor=0.5)]
+
+
+def members(stack: str) -> list[specs.ExperimentSpec]:
+    return [experiment(seed, optimizer=optimizer, schedule=SCHEDULED[seed]) for seed, optimizer in enumerate(STACKS[stack])]
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_a_member_of_a_stack_is_the_run_of_its_spec_alone(stack: str, dataset: data.Dataset) -> None:
+    """To 1e-3 of the loss over 300 steps of SGD: the order of sums differs, and training carries the rounding along."""
+    dataset, together = data.Dataset(dataset.train, dataset.validation, None), engine.Engine(members(stack), dataset)
+    trained = [together.train(stop) for stop in (100, LONG_RUN)]
+    for k, spec in enumerate(together.specs):
+        alone = engine.Engine([spec], dataset)
+        [wanted] = alone.train(LONG_RUN)
+        found = joined(*(curves[k] for curves in trained))
+        np.testing.assert_array_equal(found.lr, wanted.lr)
+        np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-3, atol=1e-4)
+        assert (found.accuracy != wanted.accuracy).sum() <= 3
+        together_state, alone_state = together.state(k), alone.state()
+        assert together_state["step"] == alone_state["step"] == LONG_RUN
+        assert together_state["buffers"].keys() == alone_state["buffers"].keys()
+        torch.testing.assert_close(together_state["parameters"], alone_state["parameters"], rtol=1e-3, atol=1e-3)
+        together_evaluation, alone_evaluation = together.evaluate(dataset.validation, k), alone.evaluate(dataset.validation)
+        assert together_evaluation.loss == pytest.approx(alone_evaluation.loss, rel=1e-3)
+    assert len({float(curves.loss[-1]) for curves in trained[-1]}) == len(together.specs)
+
+
+def test_a_member_that_diverges_leaves_the_others_as_they_are(dataset: data.Dataset) -> None:
+    calm = [experiment(seed, optimizer=specs.SGD(lr=0.05)) for seed in (1, 2)]
+    wild = experiment(optimizer=specs.SGD(lr=1_000.0, weight_decay=100.0))
+    tame = experiment(optimizer=specs.SGD(lr=0.01, weight_decay=1e-4))
+    together, beside = engine.Engine([calm[0], wild, calm[1]], dataset), engine.Engine([calm[0], tame, calm[1]], dataset)
+    found, wanted = together.train(STEPS), beside.train(STEPS)
+    assert not np.isfinite(found[1].loss[-1])
+    for k in (0, 2):
+        assert_same_bits(found[k], wanted[k])
+        assert torch.equal(together.parameters[k], beside.parameters[k])
+
+
+def test_a_member_goes_on_alone_from_its_state(dataset: data.Dataset) -> None:
+    together = engine.Engine(members("momentum"), dataset)
+    together.train(40)
+    states = [together.state(k) for k in range(3)]
+    wanted = together.train(90)
+    again = engine.Engine(members("momentum"), dataset)
+    for k, state in enumerate(states):
+        again.load_state(state, k)
+    for found, expected in zip(again.train(90), wanted, strict=True):
+        assert_same_bits(found, expected)
+    alone = engine.Engine([together.specs[2]], dataset)
+    alone.load_state(states[2])
+    np.testing.assert_allclose(alone.train(90)[0].loss, wanted[2].loss, rtol=1e-4)
+
+
+def test_modules_of_another_kind_are_stacked_too(dataset: data.Dataset) -> None:
+    explicit, recorded = (engine.Engine(members("momentum"), dataset) for _ in range(2))
+    recorded.passes = dict.fromkeys(recorded.passes, engine.AutogradGradient(recorded.modules, recorded.gradients))
+    for found, wanted in zip(recorded.train(STEPS), explicit.train(STEPS), strict=True):
+        np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model": specs.MLP(hidden=(24, 17))},
+        {"optimizer": specs.Adam(lr=0.1)},
+        {"train": specs.Train(batch_size=BATCH, epochs=EPOCHS + 1)},
+        {"train": specs.Train(batch_size=BATCH, epochs=EPOCHS, precision="bf16")},
+        {"data": specs.Data(holdout=HOLDOUT, split_seed=1)},
+    ],
+    ids=["model", "optimizer", "length", "precision", "data"],
+)
+def test_specs_of_other_shapes_are_not_stacked(other: dict[str, Any], dataset: data.Dataset) -> None:
+    with pytest.raises(ValueError, match="can't be trained in the same steps"):
+        engine.Engine([experiment(), experiment(**other)], dataset)
+
+
+# ---- precision
+
+
+def test_bf16_rounds_the_products_and_keeps_the_weights(dataset: data.Dataset) -> None:
+    precise, rounded = (
+        engine.Engine([experiment(train=specs.Train(batch_size=BATCH, epochs=EPOCHS, precision=precision))], dataset)
+        for precision in ("float32", "bf16")
+    )
+    exact, found = precise.train(STEPS)[0], rounded.train(STEPS)[0]
+    assert rounded.parameters.dtype == torch.float32
+    assert not np.array_equal(found.loss, exact.loss)
+    np.testing.assert_allclose(found.loss, exact.loss, rtol=0.02)
+    assert rounded.evaluate(dataset.validation).loss == pytest.approx(precise.evaluate(dataset.validation).loss, rel=0.02)
+
+
+@pytest.mark.parametrize("asked", ["cpu", pytest.param("auto", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA"))])
+def test_tf32_is_refused_on_the_cpu(asked: str) -> None:
+    with pytest.raises(SpecError, match=r"train\.precision: tf32 .* give float32 or bf16"):
+        engine.device(specs.Compute(device=asked), "tf32")
+
+
+# ---- on a CUDA device
+
+
+@pytest.fixture(scope="module")
+def on_cuda() -> data.Dataset:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return data.load(specs.Data(holdout=HOLDOUT), REPOSITORY, engine.device(specs.Compute(device="cuda")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stack", STACKS)
+def test_a_cuda_device_trains_as_the_cpu_does(stack: str, on_cuda: data.Dataset) -> None:
+    on_cpu = data.load(specs.Data(holdout=HOLDOUT), REPOSITORY, engine.device(specs.Compute(device="cpu")))
+    there, here = engine.Engine(members(stack), on_cuda), engine.Engine(members(stack), on_cpu)
+    for found, wanted in zip(there.train(STEPS), here.train(STEPS), strict=True):
+        np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-3, atol=1e-4)
+    assert there.evaluate(on_cuda.validation, 1).loss == pytest.approx(here.evaluate(on_cpu.validation, 1).loss, rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_the_device(on_cuda: data.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = engine.Engine._steps
+
+    def guarded(*arguments: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            steps(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(engine.Engine, "_steps", guarded)
+    engine.Engine(members("adamw"), on_cuda).train(STEPS)

@@ -24,10 +24,11 @@ from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmnist import experiments, journal
+from fmnist import experiments, journal, state
 from fmnist import spec as specs
 from fmnist.errors import Irreproducible, StoreError, UserError
-from fmnist.journal import ARRAYS, Journal, Record, Recorded, StateFolder
+from fmnist.journal import ARRAYS, Record, Recorded
+from fmnist.state import Journal, StateFolder
 
 SPEC = specs.ExperimentSpec(name="small", train=specs.Train(epochs=2, batch_size=12_000))  # 5 steps an epoch
 ENVIRONMENT = {"python": "3", "packages": {"torch": "2"}}
@@ -82,14 +83,14 @@ def write(written: Journal) -> list[int]:
 
 @pytest.mark.parametrize("store", ["local", "http://127.0.0.1:5000", None])
 def test_a_folder_is_whole_and_locked_until_release(store: str | None, tmp_path: Path) -> None:
-    before = journal.now_ms()
+    before = state.now_ms()
     made = start(tmp_path, store=store)
-    [found] = journal.state_folders(tmp_path)
+    [found] = state.state_folders(tmp_path)
     assert found.path == made.folder
     started = found.run.pop("started_ms")
     told = {"key": made.folder.name, "name": "small lr=0.1", "fingerprint": SPEC.fingerprint, "store": store, "extends": None}
     assert found.run == told
-    assert before <= started <= journal.now_ms()
+    assert before <= started <= state.now_ms()
     assert found.spec == SPEC
     assert json.loads((found.path / "environment.json").read_text()) == ENVIRONMENT
     assert json.loads((found.path / "lock").read_text()) == {"pid": os.getpid(), "host": socket.gethostname()}
@@ -101,7 +102,7 @@ def test_a_folder_is_whole_and_locked_until_release(store: str | None, tmp_path:
 def test_a_folder_that_cant_be_made_whole_is_never_seen_nor_left_behind(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         Journal.create(tmp_path, SPEC, "small", {"not": {"for", "JSON"}}, "local")
-    assert list(journal.state_folder(tmp_path).iterdir()) == []
+    assert list(state.state_folder(tmp_path).iterdir()) == []
 
 
 def test_a_root_that_cant_be_written_is_an_os_error(tmp_path: Path) -> None:
@@ -113,8 +114,8 @@ def test_a_root_that_cant_be_written_is_an_os_error(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from fmnist import journal, spec as specs
-held = journal.Journal.create(Path(sys.argv[1]), specs.ExperimentSpec(name="held"), "held", {}, None)
+from fmnist import spec as specs, state
+held = state.Journal.create(Path(sys.argv[1]), specs.ExperimentSpec(name="held"), "held", {}, None)
 held.event("end", status="KILLED", resumable=True)
 print(held.folder, flush=True)
 time.sleep(60)
@@ -137,13 +138,13 @@ def test_runs_of_one_spec_within_a_second_have_keys_of_their_own(tmp_path: Path)
     keys = [start(tmp_path).folder.name for _ in range(5)]
     assert len({key[: -len("123456")] for key in keys}) < 5, "no two of them fell into one second, so this proves nothing"
     assert keys == sorted(set(keys))
-    assert [folder.path.name for folder in journal.state_folders(tmp_path)] == keys
+    assert [folder.path.name for folder in state.state_folders(tmp_path)] == keys
 
 
 def test_a_run_that_extends_another_begins_with_its_records(tmp_path: Path) -> None:
     records = [evaluation(0), train(1, 3, 1_000, 2_000, 0.5), evaluation(3), train(4, 2, 2_000, 3_000, 0.75)]
     made = Journal.create(tmp_path, SPEC, "longer", ENVIRONMENT, None, "abc", records)
-    [found] = journal.state_folders(tmp_path)
+    [found] = state.state_folders(tmp_path)
     assert (found.run["extends"], found.run["started_ms"]) == ("abc", 1_000)
     assert [text(record) for record in journal.read(made.folder / "journal")[0]] == [text(record) for record in records]
     assert made.elapsed_s == 0.75
@@ -157,16 +158,16 @@ def test_a_folder_that_cant_hold_all_it_begins_with_is_not_left_behind(tmp_path:
     monkeypatch.setattr(os, "write", fill_disk_after(1))
     with pytest.raises(OSError, match="No space"):
         Journal.create(tmp_path, SPEC, "longer", ENVIRONMENT, None, "abc", [evaluation(0), evaluation(5)])
-    assert list(journal.state_folder(tmp_path).iterdir()) == []
+    assert list(state.state_folder(tmp_path).iterdir()) == []
 
 
 def test_state_folders_are_listed_oldest_first_without_strays(tmp_path: Path) -> None:
     for name in ("zeta", "alpha"):
         start(tmp_path, SPEC.model_copy(update={"name": name}))
         time.sleep(0.005)
-    (journal.state_folder(tmp_path) / "stray").mkdir()
-    (journal.state_folder(tmp_path) / "file").touch()
-    assert [folder.run["name"] for folder in journal.state_folders(tmp_path)] == ["zeta lr=0.1", "alpha lr=0.1"]
+    (state.state_folder(tmp_path) / "stray").mkdir()
+    (state.state_folder(tmp_path) / "file").touch()
+    assert [folder.run["name"] for folder in state.state_folders(tmp_path)] == ["zeta lr=0.1", "alpha lr=0.1"]
 
 
 def test_a_note_replaces_the_one_before(tmp_path: Path) -> None:
@@ -182,27 +183,27 @@ def test_a_note_replaces_the_one_before(tmp_path: Path) -> None:
 
 def test_a_removed_folder_is_gone(tmp_path: Path) -> None:
     start(tmp_path).release()
-    journal.state_folders(tmp_path)[0].remove()
-    assert list(journal.state_folder(tmp_path).iterdir()) == []
+    state.state_folders(tmp_path)[0].remove()
+    assert list(state.state_folder(tmp_path).iterdir()) == []
 
 
 def test_each_root_and_store_has_one_carrier(tmp_path: Path) -> None:
-    locks = {journal.carrier_lock(root, store) for root in (tmp_path, tmp_path / "other") for store in ("local", "http://a", "http://b")}
+    locks = {state.carrier_lock(root, store) for root in (tmp_path, tmp_path / "other") for store in ("local", "http://a", "http://b")}
     assert len(locks) == 6
-    assert journal.carrier_lock(tmp_path, "http://a") in locks
+    assert state.carrier_lock(tmp_path, "http://a") in locks
 
 
 # ---- the records
 
 
 def test_records_come_back_bit_for_bit(tmp_path: Path) -> None:
-    before = journal.now_ms()
+    before = state.now_ms()
     written = start(tmp_path)
     ends = write(written)
     records, offset = journal.read(written.folder / "journal")
     assert offset == ends[-1]
     times = [record.fields.pop("t") for record in records if record.kind != "train"]
-    assert before <= min(times) <= max(times) <= journal.now_ms()
+    assert before <= min(times) <= max(times) <= state.now_ms()
     metrics = {"val/loss": 2.3, "val/accuracy": 0.1, "train/lr": None}
     assert [text(record) for record in records] == [
         text(Record("evaluation", {"step": 0, "epoch": 0.0, **metrics})),
@@ -255,8 +256,8 @@ FULL = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from fmnist import journal, spec as specs
-full = journal.Journal.create(Path(sys.argv[1]), specs.ExperimentSpec(name="full"), "full", {}, None)
+from fmnist import journal, spec as specs, state
+full = state.Journal.create(Path(sys.argv[1]), specs.ExperimentSpec(name="full"), "full", {}, None)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 arrays = {name: np.zeros(9, dtype) for name, dtype in journal.ARRAYS.items()}
 failed = 0
@@ -275,7 +276,7 @@ print(failed)
 def test_a_full_disk_fails_the_append_and_keeps_the_records_before_and_after(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
-    path = journal.state_folders(tmp_path)[0].path / "journal"
+    path = state.state_folders(tmp_path)[0].path / "journal"
     records, end = journal.read(path)
     assert [record.kind for record in records] == ["train"] * (20 - int(result.stdout)) + ["end"]
     assert 1 < len(records) < 21
@@ -643,28 +644,28 @@ def test_a_run_is_found_by_its_key_or_its_id_or_how_they_begin(tmp_path: Path) -
     first, second = (StateFolder.at(start(tmp_path, SPEC.model_copy(update={"name": name})).folder) for name in ("first", "second"))
     second.note(run_id="0123abc")
     for name in (first.path.name, "first", "f", first.path.name[:-1]):
-        assert journal.find(tmp_path, name).path == first.path
+        assert state.find(tmp_path, name).path == first.path
     for name in (second.path.name, "sec", "0123abc", "01"):
-        assert journal.find(tmp_path, name).path == second.path
+        assert state.find(tmp_path, name).path == second.path
 
 
 def test_a_run_that_fits_not_or_not_alone_is_refused_naming_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"'x' fits 0 of the runs that are on disk; there are: none$"):
-        journal.find(tmp_path, "x")
+        state.find(tmp_path, "x")
     keys = [start(tmp_path).folder.name for _ in range(2)]
     other = start(tmp_path, SPEC.model_copy(update={"name": "other"})).folder.name
     with pytest.raises(StoreError, match=f"'x' fits 0 .*there are: {keys[0]}, {keys[1]}, {other}$"):
-        journal.find(tmp_path, "x")
+        state.find(tmp_path, "x")
     with pytest.raises(StoreError, match=f"'small' fits 2 .*there are: {keys[0]}, {keys[1]}$"):
-        journal.find(tmp_path, "small")
-    assert journal.find(tmp_path, keys[1]).path.name == keys[1]
+        state.find(tmp_path, "small")
+    assert state.find(tmp_path, keys[1]).path.name == keys[1]
 
 
 @pytest.mark.parametrize("name", ["None", "N"])
 def test_a_run_that_has_no_id_is_not_found_by_one(name: str, tmp_path: Path) -> None:
     start(tmp_path)
     with pytest.raises(StoreError, match="fits 0"):
-        journal.find(tmp_path, name)
+        state.find(tmp_path, name)
 
 
 # ---- what follows from them
@@ -802,7 +803,7 @@ def test_forty_epochs_begin_with_twenty_less_the_evaluation_at_their_end(tmp_pat
 
 def test_a_run_that_is_being_continued_is_unfinished_and_not_resumable(tmp_path: Path) -> None:
     written = start(tmp_path)
-    folder = journal.state_folders(tmp_path)[0]
+    folder = state.state_folders(tmp_path)[0]
     assert (folder.unfinished, folder.resumable) == (True, False)
     written.event("end", status="KILLED", reason="SIGINT", resumable=True)
     written.release()

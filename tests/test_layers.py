@@ -15,18 +15,34 @@ ALLOWED = {
     "data": {"spec", "errors"},
     "model": {"spec"},
     "optim": {"spec"},
-    "engine": {"data", "model", "optim", "spec"},
-    "journal": {"spec", "experiments", "errors"},
+    "engine": {"data", "model", "optim", "spec", "errors"},
+    "journal": {"spec"},
+    "state": {"journal", "spec", "experiments", "errors"},
     "checkpoint": {"spec", "errors"},
     "environment": {"data", "__version__"},
-    "runner": {"experiments", "checkpoint", "data", "engine", "environment", "journal", "spec", "errors"},
+    "training": {"checkpoint", "engine", "state", "spec", "errors"},
+    "runner": {"experiments", "checkpoint", "data", "engine", "environment", "journal", "state", "training", "spec", "errors"},
     "verify": {"experiments", "checkpoint", "data", "engine", "environment", "journal", "spec", "errors"},
     "tracking": {"spec", "journal", "errors"},
     "plots": set(),
     "report": {"plots", "tracking", "errors"},
-    "sidecar": {"checkpoint", "data", "model", "journal", "plots", "spec", "errors", "tracking"},
-    "doctor": {"data", "journal", "spec", "errors", "tracking"},
-    "cli": {"spec", "experiments", "errors", "data", "journal", "runner", "verify", "tracking", "report", "sidecar", "doctor"},
+    "sidecar": {"checkpoint", "data", "model", "journal", "state", "plots", "spec", "errors", "tracking"},
+    "doctor": {"data", "journal", "state", "spec", "errors", "tracking"},
+    "cli": {
+        "spec",
+        "experiments",
+        "errors",
+        "data",
+        "journal",
+        "state",
+        "runner",
+        "training",
+        "verify",
+        "tracking",
+        "report",
+        "sidecar",
+        "doctor",
+    },
 }
 OUTSIDE = {
     "torch": {"data", "model", "optim", "engine", "checkpoint", "environment", "verify", "sidecar"},
@@ -71,10 +87,9 @@ def test_no_module_is_imported_in_a_circle() -> None:
 
 
 def test_code_stays_small() -> None:
-    # Blank lines are the formatter's; every other one counts, those of docstrings and imports too.
-    lengths = {path.name: sum(bool(line.strip()) for line in path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
-    assert sum(lengths.values()) < 3_500
-    assert sum(len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")) < 4_125  # with blank lines: 3,500 is to be won back
+    lines = [line for path in PACKAGE.glob("*.py") for line in path.read_text().splitlines()]
+    assert sum(bool(line.strip()) for line in lines) < 3_500  # docstrings and imports count, the formatter's blank lines do not
+    assert len(lines) < 4_000  # nor with them does it grow back
     for path in PACKAGE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):

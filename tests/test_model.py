@@ -61,20 +61,22 @@ def test_the_parameter_count_is_the_modules(hidden: tuple[int, ...]) -> None:
 def test_the_explicit_gradient_is_autograds(
     batch: int, hidden: tuple[int, ...], activation: str, dtype: torch.dtype, rtol: float, atol: float, images: data.Split
 ) -> None:
-    module = model.build(specs.MLP(hidden=hidden, activation=activation), 0).to(dtype)
-    parameters = [parameter.detach() for parameter in module.parameters()]
+    modules = [model.build(specs.MLP(hidden=hidden, activation=activation), seed).to(dtype) for seed in range(3)]
+    parameters = [torch.stack([parameter.detach() for parameter in same]) for same in zip(*(m.parameters() for m in modules), strict=True)]
     gradients = [torch.full_like(parameter, torch.nan) for parameter in parameters]
     explicit = model.MLPGradient(activation, parameters, gradients, batch)
-    # The second and third batch meet what the one before left in the memory that is kept.
+    # The second and third batch meet what the one before left in the memory that is kept; each model has images of its own.
     for first in (0, batch, 2 * batch):
-        x, y = images.images[first : first + batch].to(dtype), images.labels[first : first + batch]
-        logits = torch.full((batch, 10), torch.nan, dtype=dtype)
+        chosen = [slice(first + 100 * k, first + 100 * k + batch) for k in range(3)]
+        x, y = torch.stack([images.images[rows] for rows in chosen]).to(dtype), torch.stack([images.labels[rows] for rows in chosen])
+        logits = torch.full((3, batch, 10), torch.nan, dtype=dtype)
         explicit(x, functional.one_hot(y, 10).to(dtype), logits)
-        expected = module(x)
-        torch.testing.assert_close(logits, expected, rtol=rtol, atol=10 * atol)
-        wanted = torch.autograd.grad(functional.cross_entropy(expected, y), list(module.parameters()))
-        for ours, theirs in zip(gradients, wanted, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
+        for k, module in enumerate(modules):
+            expected = module(x[k])
+            torch.testing.assert_close(logits[k], expected, rtol=rtol, atol=10 * atol)
+            wanted = torch.autograd.grad(functional.cross_entropy(expected, y[k]), list(module.parameters()))
+            for ours, theirs in zip(gradients, wanted, strict=True):
+                torch.testing.assert_close(ours[k], theirs, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("normalization", ["unit", "standard"])

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -77,25 +78,26 @@ def torchs_rates(spec: specs.ExperimentSpec, steps: int) -> list[float]:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_updates_are_torchs(name: str, dtype: torch.dtype, tolerance: float) -> None:
     spec, generator = OPTIMIZERS[name], torch.Generator().manual_seed(1)
-    ours = torch.randn(1_000, generator=generator, dtype=dtype)
+    ours = torch.randn(1, 1_000, generator=generator, dtype=dtype)
     theirs = ours.clone().requires_grad_()
-    optimizer, carried = torchs_optimizer(spec, [theirs]), optim.buffers(spec, ours)
+    optimizer, update = torchs_optimizer(spec, [theirs]), optim.Update([spec], ours)
     for step in range(1, 31):
-        theirs.grad = torch.randn(1_000, generator=generator, dtype=dtype)
-        theirs.grad[:10] = 0
+        theirs.grad = torch.randn(1, 1_000, generator=generator, dtype=dtype)
+        theirs.grad[:, :10] = 0
         lr = spec.lr * (1 + step % 3)
         optimizer.param_groups[0]["lr"] = lr
-        optim.update(spec, ours, theirs.grad.clone(), carried, lr, step)
+        [coefficients] = update.coefficients(np.array([[lr]]), step)
+        update(theirs.grad.clone(), coefficients)
         optimizer.step()
         torch.testing.assert_close(ours, theirs.detach(), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_buffers_start_at_zero_beside_the_parameters(name: str) -> None:
-    buffers = optim.buffers(OPTIMIZERS[name], torch.ones(7, dtype=torch.float64))
+    buffers = optim.Update([OPTIMIZERS[name]], torch.ones(1, 7, dtype=torch.float64)).buffers
     assert len(buffers) == (2 if name.startswith("adam") else 0 if name.startswith("sgd") else 1)
     for buffer in buffers.values():
-        assert torch.equal(buffer, torch.zeros(7, dtype=torch.float64))
+        assert torch.equal(buffer, torch.zeros(1, 7, dtype=torch.float64))
 
 
 def experiment(schedule: specs.Schedule, warmup: int = 0, **train: int) -> specs.ExperimentSpec:
@@ -108,7 +110,7 @@ def experiment(schedule: specs.Schedule, warmup: int = 0, **train: int) -> specs
 
 
 def rates(spec: specs.ExperimentSpec) -> list[float]:
-    return [optim.learning_rate(spec, step) for step in range(1, spec.steps + 1)]
+    return list(optim.learning_rates(spec, np.arange(1, spec.steps + 1)))
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 7, 48])
@@ -132,8 +134,9 @@ def test_steps_drop_by_epochs_counted_from_the_end_of_the_warm_up() -> None:
 @pytest.mark.parametrize(("name", "final"), [("cosine", 0.05), ("linear", 0.1)])
 def test_the_rate_after_the_last_step_is_the_final_fraction(name: str, final: float, warmup: int) -> None:
     spec = experiment(SCHEDULES[name], warmup)
-    assert optim.learning_rate(spec, spec.steps + 1) == pytest.approx(final * PEAK)
-    assert optim.learning_rate(spec, spec.steps) > final * PEAK
+    last, after = optim.learning_rates(spec, np.array([spec.steps, spec.steps + 1]))
+    assert after == pytest.approx(final * PEAK)
+    assert last > final * PEAK
 
 
 @pytest.mark.parametrize("warmup", [0, 7])

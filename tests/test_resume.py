@@ -20,11 +20,12 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from fmnist import checkpoint, data, engine, environment, experiments, journal, runner, verify
+from fmnist import checkpoint, data, engine, environment, experiments, journal, runner, training, verify
 from fmnist import spec as specs
 from fmnist.errors import Irreproducible, SpecError, StoreError, UserError
-from fmnist.journal import Journal, Recorded, StateFolder
-from fmnist.runner import Outcome
+from fmnist.journal import Recorded
+from fmnist.state import Journal, StateFolder, state_folders
+from fmnist.training import Outcome, Training
 
 # Real images, few of them: 1,000 to train on, and of those to validate and test on the first 300.
 DATA, SHOWN = specs.Data(holdout=59_000), 300
@@ -73,7 +74,9 @@ def surroundings() -> Iterator[None]:
     few, facts = load_few(), environment.collect("", engine.device(SPEC.compute))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(data, "load", lambda *arguments: few)
-        patched.setattr(environment, "collect", lambda *arguments: {**facts, "threads": torch.get_num_threads()})
+        patched.setattr(
+            environment, "collect", lambda command, device, stack=1: {**facts, "threads": torch.get_num_threads(), "stack": stack}
+        )
         yield
 
 
@@ -84,11 +87,12 @@ Watch = Callable[[Any], None]
 
 def run(root: Path, spec: specs.ExperimentSpec, said: list[str] | None = None, watch: Watch = lambda training: None, **how: Any) -> Outcome:
     context = runner.Context(root, sync=False, say=print if said is None else said.append, watch=watch)
-    return runner.run(experiments.Resolved(spec, spec.name, {}, ()), context, **how)
+    [outcome] = runner.run([experiments.Resolved(spec, spec.name, {}, ())], context, **how)
+    return outcome
 
 
 def only(root: Path) -> StateFolder:
-    [folder] = journal.state_folders(root)
+    [folder] = state_folders(root)
     return folder
 
 
@@ -114,11 +118,11 @@ def die() -> NoReturn:
 
 
 def save_always() -> None:
-    runner.CHECKPOINT_S = runner.CHECKPOINT_SHARE = 0  # in a child
+    training.CHECKPOINT_S = training.CHECKPOINT_SHARE = 0  # in a child
 
 
 def save_never() -> None:
-    runner.CHECKPOINT_S = 3600  # but at the end
+    training.CHECKPOINT_S = 3600  # but at the end
 
 
 def save_up_to(step: int) -> Callable[[], None]:
@@ -131,7 +135,7 @@ def save_up_to(step: int) -> Callable[[], None]:
 
 
 def at_step(step: int, act: Callable[[], object]) -> Watch:
-    return lambda training: training.step == step and act() and None
+    return lambda run: run.step == step and act() and None
 
 
 def kill(root: Path, spec: specs.ExperimentSpec, step: int, prepare: Callable[[], None] = save_always, **how: Any) -> StateFolder:
@@ -142,7 +146,7 @@ def kill(root: Path, spec: specs.ExperimentSpec, step: int, prepare: Callable[[]
         run(root, spec, watch=at_step(step, die), **how)
 
     assert in_child(train) == -signal.SIGKILL
-    return journal.state_folders(root)[-1]
+    return state_folders(root)[-1]
 
 
 def finish(folder: StateFolder, spec: specs.ExperimentSpec, said: list[str] | None = None) -> Outcome:
@@ -381,7 +385,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(unbroken: Unbroke
             root, said = tmp_path / f"{moment}{torn}", list[str]()
             kill_at(moment, train_few(root), torn)
             if moment < PAPERS:
-                assert journal.state_folders(root) == []
+                assert state_folders(root) == []
                 continue
             folder = only(root)
             finish(folder, FEW, said)
@@ -433,7 +437,7 @@ def lose_power_at(root: Path, moment: int, train: Callable[[], object]) -> None:
 
     kill_at(moment, train, then=note)
     lines = (root / "flushed").read_text().splitlines() if (root / "flushed").exists() else []
-    for folder in journal.state_folders(root):
+    for folder in state_folders(root):
         lose_power(folder, dict(tuple(map(int, line.split())) for line in lines))
 
 
@@ -443,7 +447,7 @@ def falls_back(root: Path, spec: specs.ExperimentSpec, train: Callable[[Path], o
     wanted = result(only(root / "whole"))
     for moment in range(1, len(done) - 1):
         lose_power_at(root / str(moment), moment, train_in(root / str(moment), train))
-        if not journal.state_folders(root / str(moment)):
+        if not state_folders(root / str(moment)):
             continue  # not begun yet
         folder, said = only(root / str(moment)), list[str]()
         run(root / str(moment), spec, said)
@@ -502,7 +506,7 @@ def alter(folder: StateFolder, step: int) -> None:
     records, _ = journal.read(folder.path / "journal")
     (folder.path / "journal").write_bytes(b"")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(journal, "now_ms", lambda: 0)
+        patched.setattr("fmnist.state.now_ms", lambda: 0)
         written = Journal.resume(folder)
         for record in records:
             arrays = {name: array.copy() for name, array in record.arrays.items()}
@@ -711,10 +715,10 @@ def test_a_signal_leaves_a_checkpoint_of_all_that_was_trained(unbroken: Unbroken
         save_never()
         evaluate = engine.Engine.evaluate
 
-        def evaluated(self: engine.Engine, split: data.Split) -> engine.Evaluation:
+        def evaluated(self: engine.Engine, split: data.Split, member: int) -> engine.Evaluation:
             if self.step == 30:
                 send(signal.SIGINT)
-            return evaluate(self, split)
+            return evaluate(self, split, member)
 
         engine.Engine.evaluate = evaluated
 
@@ -761,8 +765,8 @@ def test_a_run_that_a_full_disk_stopped_goes_on_later(
     for moment in range(PAPERS, len(done), 1 if times == 1 else 4):
         root = tmp_path / str(moment)
         with monkeypatch.context() as patched:
-            patched.setattr(runner, "CHECKPOINT_S", 0)
-            patched.setattr(runner, "CHECKPOINT_SHARE", 0)
+            patched.setattr(training, "CHECKPOINT_S", 0)
+            patched.setattr(training, "CHECKPOINT_SHARE", 0)
             fail(patched, moment, times)
             outcome = run(root, LEAST)
         assert (outcome.status, outcome.exit_code, outcome.resumable) == ("FAILED", 3, True)
@@ -794,7 +798,7 @@ def test_a_run_that_broke_by_a_fault_of_its_own_is_not_continued(unbroken: Unbro
     said: list[str] = []
     assert run(tmp_path, SPEC, said).status == "FINISHED"
     assert said == []
-    assert differences(journal.state_folders(tmp_path)[-1], unbroken(SPEC)) == []
+    assert differences(state_folders(tmp_path)[-1], unbroken(SPEC)) == []
 
 
 DIVERGING = experiment(specs.SGD(lr=1.0, weight_decay=10.0))
@@ -837,7 +841,7 @@ def test_a_fresh_run_gives_the_interrupted_one_up(unbroken: Unbroken, tmp_path: 
     assert (last.kind, last.fields["status"], last.fields["reason"]) == ("end", "KILLED", "given up for a fresh run")
     assert not folder.resumable
     assert not folder.running
-    fresh = journal.state_folders(tmp_path)[-1]
+    fresh = state_folders(tmp_path)[-1]
     assert fresh.path.name == outcome.key != folder.path.name
     assert differences(fresh, unbroken(SPEC)) == []
     assert run(tmp_path, SPEC, said).key not in (outcome.key, folder.path.name)
@@ -848,7 +852,7 @@ def two_interrupted(root: Path) -> list[StateFolder]:
     first = kill(root / "elsewhere", SPEC, 20)
     kill(root, SPEC, 40)
     first.path.rename(root / "mlruns" / "state" / first.path.name)
-    return journal.state_folders(root)
+    return state_folders(root)
 
 
 def test_of_several_interrupted_runs_the_last_is_continued(unbroken: Unbroken, tmp_path: Path) -> None:
@@ -925,8 +929,8 @@ def restored(change: Callable[[engine.Engine, dict[str, Any]], None]) -> Callabl
     def mutate(patched: pytest.MonkeyPatch) -> None:
         load_state = engine.Engine.load_state
 
-        def mutant(self: engine.Engine, state: dict[str, Any]) -> None:
-            load_state(self, state)
+        def mutant(self: engine.Engine, state: dict[str, Any], member: int) -> None:
+            load_state(self, state, member)
             change(self, state)
 
         patched.setattr(engine.Engine, "load_state", mutant)
@@ -935,7 +939,7 @@ def restored(change: Callable[[engine.Engine, dict[str, Any]], None]) -> Callabl
 
 
 def lose_buffers(restored: engine.Engine, state: dict[str, Any]) -> None:
-    for buffer in restored.buffers.values():
+    for buffer in restored.update.buffers.values():
         buffer.zero_()
 
 
@@ -966,22 +970,22 @@ def forget_best(patched: pytest.MonkeyPatch) -> None:
 
 
 def forget_evaluations(patched: pytest.MonkeyPatch) -> None:
-    def mutant(self: runner.Training, state: dict[str, Any] | None) -> None:
+    def mutant(self: Training, state: dict[str, Any] | None) -> None:
         if state:
-            self.engine.load_state(state)
-            self.best_weights = state["best"]
+            self.engine.load_state(state, self.member)
+            self.step, self.best_weights = self.engine.step, state["best"]
 
-    patched.setattr(runner.Training, "go_on_from", mutant)
+    patched.setattr(Training, "go_on_from", mutant)
 
 
 def forget_curves(patched: pytest.MonkeyPatch) -> None:
-    go_on_from = runner.Training.go_on_from
+    go_on_from = Training.go_on_from
 
-    def mutant(self: runner.Training, state: dict[str, Any] | None) -> None:
+    def mutant(self: Training, state: dict[str, Any] | None) -> None:
         go_on_from(self, state)
         self.outcome.collapsed_at = None
 
-    patched.setattr(runner.Training, "go_on_from", mutant)
+    patched.setattr(Training, "go_on_from", mutant)
 
 
 SCHEDULED = RECIPES["warm-up and steps"]
@@ -1017,8 +1021,8 @@ def test_a_continuation_that_does_it_wrong_is_seen(
         assert "this machine does not repeat its own results" in str(outcome.reason)
 
 
-def checkpoint_first(self: runner.Training) -> None:
-    checkpoint.save(self.journal.folder, self.spec, {**self.engine.state(), "best": self.best_weights})
+def checkpoint_first(self: Training) -> None:
+    checkpoint.save(self.journal.folder, self.spec, {**self.engine.state(self.member), "best": self.best_weights})
     self.journal.flush()
 
 
@@ -1031,7 +1035,7 @@ def flush_no_journal() -> None:
 
 
 def save_checkpoint_first() -> None:
-    runner.Training._save = checkpoint_first
+    Training.save = checkpoint_first
 
 
 @pytest.mark.parametrize(
@@ -1118,7 +1122,7 @@ def test_only_the_steps_beyond_are_trained(tmp_path: Path, monkeypatch: pytest.M
     run(tmp_path / "first", SPEC)
     found, train, first = artifacts(only(tmp_path / "first"), tmp_path / "artifacts"), engine.Engine.train, list[int]()
 
-    def noted(self: engine.Engine, stop: int) -> engine.Curves:
+    def noted(self: engine.Engine, stop: int) -> list[engine.Curves]:
         first.append(self.step + 1)
         return train(self, stop)
 
@@ -1172,7 +1176,7 @@ def test_a_schedule_that_knows_its_end_is_not_trained_on(schedule: specs.Schedul
         SpecError, match=rf"^run 0123abc can't be extended to 4 epochs: its schedule \({schedule.type}\) .*: --set train\.epochs=4$"
     ):
         extend(tmp_path, found, 4)
-    assert journal.state_folders(tmp_path) == []
+    assert state_folders(tmp_path) == []
 
 
 def test_a_schedule_is_refused_rightly(unbroken: Unbroken) -> None:
@@ -1185,7 +1189,7 @@ def test_a_schedule_is_refused_rightly(unbroken: Unbroken) -> None:
 def test_a_run_is_not_trained_on_for_no_more_epochs(epochs: int, origin: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=f"^run 0123abc can't be extended to {epochs} epochs: it has 2 already; give more$"):
         extend(tmp_path, origin, epochs)
-    assert journal.state_folders(tmp_path) == []
+    assert state_folders(tmp_path) == []
 
 
 def test_a_run_is_not_trained_on_for_more_epochs_than_a_spec_may_have(
@@ -1203,7 +1207,7 @@ def test_a_run_that_early_stopping_ended_is_not_trained_on(spec: specs.Experimen
     found = ended(tmp_path, spec)
     with pytest.raises(SpecError, match=r"^run 0123abc can't be extended to 4 epochs: early stopping ended it, or looked at its last step"):
         extend(tmp_path, found, 4)
-    assert journal.state_folders(tmp_path) == []
+    assert state_folders(tmp_path) == []
 
 
 def copied(origin: Path, to: Path) -> Path:
@@ -1217,7 +1221,7 @@ def test_a_run_whose_checkpoint_is_damaged_is_not_trained_on(origin: Path, tmp_p
         StoreError, match=r"^run 0123abc can't be extended to 4 epochs: .*checkpoint\.pt is damaged: its checksum does not fit$"
     ):
         extend(tmp_path, found, 4)
-    assert journal.state_folders(tmp_path) == []
+    assert state_folders(tmp_path) == []
 
 
 def test_a_run_whose_checkpoint_is_another_specs_is_not_trained_on(origin: Path, tmp_path: Path) -> None:
@@ -1225,14 +1229,14 @@ def test_a_run_whose_checkpoint_is_another_specs_is_not_trained_on(origin: Path,
     shutil.copy(ended(tmp_path / "other", experiment(seed=1)) / "checkpoint.pt", found / "checkpoint.pt")
     with pytest.raises(StoreError, match=r"belongs to another spec: .*seed 1 there, 0 here$"):
         extend(tmp_path, found, 4)
-    assert journal.state_folders(tmp_path) == []
+    assert state_folders(tmp_path) == []
 
 
 def test_a_run_that_did_not_finish_is_not_trained_on(tmp_path: Path) -> None:
     found = artifacts(kill(tmp_path / "killed", SPEC, 40), tmp_path / "artifacts")
     with pytest.raises(UserError, match=r"^run 0123abc can't be extended to 4 epochs: "):
         extend(tmp_path, found, 4)
-    assert journal.state_folders(tmp_path) == []
+    assert state_folders(tmp_path) == []
 
 
 # ---- verified

@@ -14,7 +14,7 @@ import pytest
 from conftest import REPOSITORY, command, make_home, stop_sidecar
 from matplotlib import image as images
 
-from fmnist import experiments, journal, tracking
+from fmnist import experiments, state, tracking
 from fmnist import report as reports
 from fmnist.errors import UserError
 
@@ -199,7 +199,7 @@ def test_collapse_is_reported_and_the_run_finishes(recorded: Recorded) -> None:
 
 def test_state_folders_go_when_their_runs_are_stored(recorded: Recorded) -> None:
     assert command(recorded.home, "sync").returncode == 0
-    assert journal.state_folders(recorded.home) == []
+    assert state.state_folders(recorded.home) == []
 
 
 def test_store_is_wal_and_has_statistics(recorded: Recorded) -> None:
@@ -281,7 +281,7 @@ def test_report_imports_no_torch(recorded: Recorded) -> None:
 def test_trainer_imports_no_mlflow(home: Path) -> None:
     code = (
         "import sys; from fmnist import experiments, runner, spec; r = experiments.load('baseline', ['train.epochs=1', 'train.batch_size=5000']);"
-        "o = runner.run(r, runner.Context(spec.home()));"
+        "[o] = runner.run([r], runner.Context(spec.home()));"
         "assert o.status == 'FINISHED' and o.run_id, o; assert not {'mlflow', 'pandas', 'matplotlib'} & set(sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -293,6 +293,6 @@ def test_every_experiment_runs(name: str, home: Path) -> None:
     from fmnist import runner
 
     resolved = experiments.load(name, ["train.epochs=1", "train.batch_size=2000"], home)
-    outcome = runner.run(resolved, runner.Context(home, sync=False))
+    [outcome] = runner.run([resolved], runner.Context(home, sync=False))
     assert (outcome.status, outcome.steps) == ("FINISHED", resolved.spec.steps)
     assert ("test/accuracy" in outcome.metrics) == (resolved.spec.data.holdout is not None)

@@ -43,17 +43,40 @@ DEFAULTS = {
     specs.Linear: {"type": "linear", "warmup_steps": 0, "final_fraction": 0.0},
     specs.OneCycle: {"type": "one_cycle", "warmup_steps": 0, "rise": 0.3, "initial_divisor": 25.0, "final_divisor": 10_000.0},
     specs.EarlyStopping: {"metric": "loss", "patience": 5, "min_delta": 0.0},
-    specs.Train: {"epochs": 20, "batch_size": 32, "eval_every": 1000, "seed": 0, "loss": "cross_entropy", "early_stopping": None},
+    specs.Train: {
+        "epochs": 20,
+        "batch_size": 32,
+        "eval_every": 1000,
+        "seed": 0,
+        "loss": "cross_entropy",
+        "precision": "float32",
+        "early_stopping": None,
+    },
 }
 NEVER_CHANGE = (
     "a default changed, or a field that has an effect was added. Runs recorded under the old fingerprint would pass for the new one's,"
     " or would no longer be found. Put the default back; give a new field a default that keeps the old behaviour, and add it here"
 )
-IGNORED = ["name=other", "question=why", "tracking.experiment=other", "tracking.log_every=7", "compute.device=cpu", "compute.threads=2"]
+IGNORED = [
+    "name=other",
+    "question=why",
+    "tracking.experiment=other",
+    "tracking.log_every=7",
+    "compute.device=cpu",
+    "compute.threads=2",
+    "compute.stack=3",
+    "compute.stack=off",
+]
 EFFECTIVE = ["data.holdout=100", "data.split_seed=1", "data.normalization=standard", "model.hidden=[100, 300]", "model.activation=tanh"]
 EFFECTIVE += ["optimizer.lr=0.002", "optimizer.weight_decay=0.1", "optimizer.nesterov=true", "optimizer.type=adam", "schedule.type=cosine"]
 EFFECTIVE += ["schedule.warmup_steps=1", "train.epochs=21", "train.batch_size=33", "train.eval_every=999"]
-EFFECTIVE += ["train.early_stopping={}", "train.early_stopping.patience=6", "train.early_stopping.metric=accuracy"]
+EFFECTIVE += [
+    "train.precision=tf32",
+    "train.precision=bf16",
+    "train.early_stopping={}",
+    "train.early_stopping.patience=6",
+    "train.early_stopping.metric=accuracy",
+]
 
 
 def put(home: Path, **files: str) -> None:
@@ -320,6 +343,7 @@ def test_a_file_that_is_not_utf_8_is_refused(home: Path, content: bytes) -> None
 
 
 ODD = ["optimizer:\n  <<: {lr: 1}", "<<: {train: {}}", "optimizer: !!omap [lr: 1]", "optimizer: =", "train: {epochs: !!bool x}"]
+ODD += ["optimizer: {lr: .INF}", "optimizer: {lr: !!float x}", "optimizer: {nesterov: !!bool maybe}"]
 ODD += ["train: {epochs: !!int ''}", "train: {epochs: !!float}", "model: {hidden: !!set x}", "model: {hidden: !!set {1, 2}}", "? [a]\n: 1"]
 ODD += ["train: {epochs: !!python/object:os.system {}}", "train: &x [*x]", "train: &x {seed: *x}", "a: " + "[" * 500, "a: " + "{a: " * 30]
 ODD += [f"train: {{{key}: {value}}}" for key in ("epochs", "eval_every") for value in ("0x" + "f" * 5000, "9" * 5000)]

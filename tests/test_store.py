@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from conftest import LONG, SMALL, Fmnist, free_port, start, stored_steps, trained, wait_for
 
-from fmnist import journal, sidecar, tracking
+from fmnist import journal, sidecar, state, tracking
 from fmnist import spec as specs
 
 
@@ -25,7 +25,7 @@ def test_no_sync_stays_on_disk_until_sync(fmnist: Fmnist, home: Path) -> None:
     assert quiet.stderr == ""  # no terminal, no progress
     assert "not in MLflow yet" in quiet.stdout
     assert not tracking.database(home).exists()
-    (folder,) = journal.state_folders(home)
+    (folder,) = state.state_folders(home)
     journalled = journal.curves(folder.spec, journal.read(folder.path / "journal")[0])
     synced = json.loads(fmnist("sync", "--json").stdout)["runs"]
     assert [(run["key"], run["status"]) for run in synced] == [(folder.path.name, "FINISHED")]
@@ -95,9 +95,9 @@ def answers(uri: str) -> bool:
 @pytest.mark.slow
 def test_run_deleted_in_mlflow_while_it_trains_stays_deleted(home: Path) -> None:
     process = start(*LONG, "-s", "train.epochs=3", "--json")
-    wait_for(lambda: trained(home) >= 1000 and journal.state_folders(home)[0].carried.get("offset"))
+    wait_for(lambda: trained(home) >= 1000 and state.state_folders(home)[0].carried.get("offset"))
     store = tracking.connect(home)
-    run_id = journal.state_folders(home)[0].carried["run_id"]
+    run_id = state.state_folders(home)[0].carried["run_id"]
     store.client.delete_run(run_id)
     outcome = json.loads(process.communicate(timeout=120)[0])
     assert (process.returncode, outcome["status"]) == (0, "DELETED")
@@ -108,7 +108,7 @@ def test_run_deleted_in_mlflow_while_it_trains_stays_deleted(home: Path) -> None
 def test_a_send_that_fails_is_made_up_for_and_counted_once(fmnist: Fmnist, home: Path) -> None:
     assert fmnist(*SMALL, "--no-sync").returncode == 0
     store = tracking.connect(home, create=True)
-    carrier = sidecar.Carrier(journal.state_folders(home)[0], store)
+    carrier = sidecar.Carrier(state.state_folders(home)[0], store)
 
     def rename(before: str, after: str) -> None:
         with contextlib.closing(sqlite3.connect(tracking.database(home))) as connection:
@@ -130,7 +130,7 @@ def test_a_carrier_killed_before_it_noted_what_it_sent_doubles_nothing(
 ) -> None:
     assert fmnist(*SMALL, "--no-sync").returncode == 0
     store = tracking.connect(home)
-    folder = journal.state_folders(home)[0]
+    folder = state.state_folders(home)[0]
     killed = sidecar.Carrier(folder, store)
     killed._open()
     records, _ = journal.read(folder.path / "journal")
@@ -153,7 +153,7 @@ def test_a_carrier_killed_before_it_noted_what_it_sent_doubles_nothing(
 @pytest.mark.slow
 def test_a_store_that_is_deleted_is_made_anew_with_the_whole_run(fmnist: Fmnist, home: Path, with_store: None) -> None:
     process = start(*LONG, "-s", "train.epochs=5", "--json")
-    wait_for(lambda: trained(home) >= 1000 and journal.state_folders(home)[0].carried.get("offset"))
+    wait_for(lambda: trained(home) >= 1000 and state.state_folders(home)[0].carried.get("offset"))
     for path in (home / "mlruns").glob("mlflow.db*"):
         path.unlink()
     stdout, stderr = process.communicate(timeout=120)
@@ -166,22 +166,22 @@ def test_a_carrier_leaves_a_run_alone_that_is_continued_while_it_looks(
     fmnist: Fmnist, home: Path, monkeypatch: pytest.MonkeyPatch, with_store: None
 ) -> None:
     assert fmnist(*SMALL, "--no-sync").returncode == 0
-    folder = journal.state_folders(home)[0]
+    folder = state.state_folders(home)[0]
     path = folder.path / "journal"
     records, _ = journal.read(path)
     kept = next(index for index, record in enumerate(records) if record.kind == "final")
     path.write_bytes(path.read_bytes()[: journal_end(path, kept)])  # as if killed before it had its results
     folder.note(run_id="0" * 32, offset=path.stat().st_size, closed="KILLED")
-    taken: list[journal.Journal] = []
-    running = journal.StateFolder.running
+    taken: list[state.Journal] = []
+    running = state.StateFolder.running
 
-    def taken_once_seen_free(self: journal.StateFolder) -> bool:
+    def taken_once_seen_free(self: state.StateFolder) -> bool:
         free = not running.fget(self)
         if free and not taken:
-            taken.append(journal.Journal.resume(self))
+            taken.append(state.Journal.resume(self))
         return not free
 
-    monkeypatch.setattr(journal.StateFolder, "running", property(taken_once_seen_free))
+    monkeypatch.setattr(state.StateFolder, "running", property(taken_once_seen_free))
     assert sidecar._settled(folder)
     assert folder.path.exists()
 

@@ -134,7 +134,7 @@ def test_a_store_works_where_its_folder_is_now(copied: bool, recorded: Recorded,
     assert foreign <= locations(here)
     for experiment in (store.experiment("fashion-mnist"), store.experiment("another"), "0"):
         run_id = store.client.create_run(experiment).info.run_id
-        store.log_artifacts(run_id, tmp_path / "got" / "figures")
+        store.client.log_artifacts(run_id, str(tmp_path / "got" / "figures"))
         assert len([*artifacts.glob(f"*/{run_id}/artifacts/learning_curves.png")]) == 1
     monkeypatch.setattr(mlflow_utils, "_tracking_uri", tracking.uri(here))
     if copied:

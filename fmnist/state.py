@@ -1,0 +1,296 @@
+"""A run's folder while the run trains, while it can be continued, and until MLflow has all of it: mlruns/state/<run key>/.
+
+lock              held (flock) by the trainer as long as it lives; holds its pid and host
+run.json          key, display name, fingerprint, start, the store that it is for (none with --no-sync), the run that it extends
+spec.yaml         the resolved spec; environment.json: where the run began
+journal           its records, the source of truth
+checkpoint.pt     the training state, never ahead of what the disk holds of the journal; checkpoint.previous.pt: the one before
+predictions.npz   written at the end
+mlflow.json       written by who carries it: MLflow's run id, how far the journal is carried, the closing status
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from fmnist import experiments
+from fmnist import spec as specs
+from fmnist.errors import Irreproducible, StoreError
+from fmnist.journal import ARRAYS, Record, Recorded, Unequal, encode, read, unequal_values
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def state_folder(root: Path) -> Path:
+    return root / "mlruns" / "state"
+
+
+def carrier_lock(root: Path, store: str = "local") -> Path:
+    """Held, with its pid in it, by the one process that carries this root's journals into a store."""
+    digest = "" if store == "local" else f"-{hashlib.sha256(store.encode()).hexdigest()[:8]}"
+    return root / "mlruns" / f".sidecar{digest}.lock"
+
+
+def start_carrier(root: Path) -> "subprocess.Popen[bytes]":
+    """Start the store's sidecar, which exits where one is at work already; its words go to mlruns/sidecar.log."""
+    command = [sys.executable, "-m", "fmnist.sidecar", str(root)]
+    with open(root / "mlruns" / "sidecar.log", "ab") as log:  # in a session of its own: Ctrl-C reaches the trainer only
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a living process holds this lock file."""
+    with contextlib.suppress(FileNotFoundError), open(path) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+class Journal:
+    """The state folder of a run that is training: made whole before it is visible, locked until the trainer ends."""
+
+    def __init__(self, folder: Path, lock: int, records: Sequence[Record], size: int = 0, exact: bool = True) -> None:
+        self.folder, self.records, self.recorded, self.size = folder, records, Recorded(records), size
+        self.elapsed_s: float = max((record.fields["elapsed_s"] for record in records if record.kind == "train"), default=0.0)
+        self._lock, self._exact = lock, exact
+        self._file = os.open(folder / "journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
+        os.ftruncate(self._file, size)  # what is torn off at its end is cut
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+
+    @classmethod
+    def create(
+        cls,
+        root: Path,
+        spec: specs.ExperimentSpec,
+        display_name: str,
+        environment: dict[str, Any],
+        store: str | None,
+        extends: str | None = None,
+        records: Sequence[Record] = (),
+    ) -> Self:
+        """Start a run, with the records of the run (its id) that it extends; raises OSError where mlruns/ can't be written."""
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")  # the same spec may be started several times within a second
+        folder = state_folder(root) / f"{spec.name}-s{spec.train.seed}-{spec.fingerprint[:8]}-{stamp}"
+        partial = folder.with_name(f".{folder.name}-{os.getpid()}")
+        started = min([now_ms(), *(record.fields["t0"] for record in records if record.kind == "train")])
+        run = {"key": folder.name, "name": display_name, "fingerprint": spec.fingerprint, "started_ms": started}
+        partial.mkdir(parents=True)
+        try:
+            lock = os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (partial / "run.json").write_text(json.dumps({**run, "store": store, "extends": extends}), encoding="utf-8")
+            (partial / "spec.yaml").write_text(experiments.dump(spec), encoding="utf-8")
+            (partial / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
+            for path in partial.iterdir():  # a journal without its spec would be of no use after a power loss
+                with open(path) as file:
+                    os.fsync(file.fileno())
+            made = cls(partial, lock, records)
+            for record in records:
+                made._append(record)
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        made.folder = folder
+        return made
+
+    @classmethod
+    def resume(cls, state: "StateFolder", exact: bool = True) -> Self:
+        """Go on with a run that stopped; raises StoreError where another process has it, it has ended, or MLflow holds more of it."""
+        try:
+            lock = os.open(state.path / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise StoreError(f"{state.path.name} is gone: it has ended, or was given up") from None
+        try:
+            for _ in range(50):  # who only looks whether it is locked holds it for a moment too
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.005)
+            else:
+                raise StoreError(f"{state.path.name} is being trained by {state.holder}; --fresh starts another run")
+            journal = state.path / "journal"
+            records, end = read(journal)
+            if end < state.carried.get("offset", 0):
+                raise StoreError(f"{journal} is damaged at byte {end:,}, where MLflow holds more already; --fresh starts another run")
+            if not state.unfinished or not state.path.exists():
+                raise StoreError(f"{state.path.name} has ended, there is nothing to continue; `fmnist sync` carries it into MLflow")
+            return cls(state.path, lock, records, end, exact)
+        except BaseException:
+            os.close(lock)
+            raise
+
+    def train(self, first: int, arrays: dict[str, np.ndarray], started_ms: int, ended_ms: int, seconds: float) -> None:
+        """Append the steps from `first` on, done in `seconds` of training, or compare those on record; raises Irreproducible."""
+        self._compare(self.recorded.unequal_steps(first, arrays))
+        known = max(0, self.recorded.last + 1 - first)
+        arrays = {name: array[known:].astype(ARRAYS[name]) for name, array in arrays.items()}
+        if count := len(arrays["loss"]):
+            self.elapsed_s += seconds
+            fields = {"first": first + known, "count": count, "t0": started_ms, "t1": ended_ms, "elapsed_s": self.elapsed_s}
+            self._append(Record("train", fields, arrays))
+
+    def evaluation(self, step: int, measured: dict[str, Any]) -> None:
+        """Append an evaluation, or compare it with the one on record; raises Irreproducible."""
+        if step in self.recorded.evaluations:
+            self._compare(unequal_values(step, self.recorded.evaluations[step], measured))
+        else:
+            self.event("evaluation", step=step, **measured)
+
+    def final(self, metrics: dict[str, float], **fields: Any) -> None:
+        """Append the results, or compare them with those on record; raises Irreproducible."""
+        if self.recorded.metrics is not None:
+            self._compare(unequal_values(self.recorded.last, self.recorded.metrics, metrics))
+        else:
+            self.event("final", metrics=metrics, **fields)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        self._append(Record(kind, {"t": now_ms(), **fields}))
+
+    def _compare(self, unequal: list[Unequal]) -> None:
+        if unequal and self._exact:
+            first = min(unequal, key=lambda difference: difference.step)
+            raise Irreproducible(f"this machine does not repeat its own results: {first}; start anew with --fresh")
+
+    def _append(self, record: Record) -> None:
+        encoded = encode(record)
+        written = os.write(self._file, encoded)
+        if written != len(encoded):
+            os.ftruncate(self._file, self.size)  # else what comes after could not be read
+            raise OSError(errno.ENOSPC, f"{written} of {len(encoded)} bytes written", str(self.folder / "journal"))
+        self.size += written
+
+    def flush(self) -> None:
+        """See to it that all of it is on the disk: before a checkpoint is, which must not be ahead of it."""
+        os.fsync(self._file)
+
+    def release(self) -> None:
+        """Let go of the lock: from here on the run counts as ended."""
+        os.close(self._file)
+        os.close(self._lock)
+
+
+@dataclass(frozen=True)
+class StateFolder:
+    """A run's state folder, as anyone but its trainer sees it."""
+
+    path: Path
+    run: dict[str, Any]
+
+    @classmethod
+    def at(cls, path: Path) -> Self:
+        """The folder there; raises OSError or ValueError where none is."""
+        return cls(path, json.loads((path / "run.json").read_text(encoding="utf-8")))
+
+    @property
+    def spec(self) -> specs.ExperimentSpec:
+        """The run's spec; raises UserError where the file no longer holds it."""
+        path = self.path / "spec.yaml"
+        spec: specs.ExperimentSpec = self._parsed("spec.yaml", lambda text: experiments.parse(text, str(path)))
+        if spec.fingerprint != (fingerprint := self.run.get("fingerprint", spec.fingerprint)):
+            raise StoreError(f"{path} was changed: it gives the fingerprint {spec.fingerprint[:8]}, the run has {fingerprint[:8]}")
+        return spec
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Where the run began; raises StoreError where the file no longer tells."""
+        return dict(self._parsed("environment.json", json.loads))
+
+    def _parsed(self, name: str, parse: Callable[[str], Any]) -> Any:
+        try:
+            return parse((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{self.path / name} can't be read: {error}; give the run up with --fresh") from None
+
+    @property
+    def resumable(self) -> bool:
+        """Whether its trainer is gone and left it such that it can be continued."""
+        return not self.running and self.unfinished
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether by what it holds there is, or will be, something to continue: once that is not so, it never is again."""
+        note = self.carried
+        records, end = read(self.path / "journal")
+        if note.get("closed") == "DELETED" or end < note.get("offset", 0):
+            return False
+        last = next((record for record in reversed(records) if record.kind in ("end", "resume")), None)
+        return last is None or bool(last.fields.get("resumable", last.kind == "resume"))
+
+    @property
+    def holder(self) -> str:
+        """Who has it, or had it last."""
+        with contextlib.suppress(OSError, ValueError):
+            held = json.loads((self.path / "lock").read_text())
+            return f"process {held['pid']} on {held['host']}"
+        return "another process"
+
+    @property
+    def running(self) -> bool:
+        """Whether its trainer lives: it holds the lock until it ends, however it ends."""
+        return is_locked(self.path / "lock")
+
+    @property
+    def carried(self) -> dict[str, Any]:
+        """What who carries it has noted: run_id, offset, closed, error; empty before it begins."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return dict(json.loads((self.path / "mlflow.json").read_text()))
+        return {}
+
+    def note(self, **fields: Any) -> None:
+        """Replace the carrier's note, whole or not at all."""
+        self._replace("mlflow.json", fields)
+
+    def assign(self, store: str) -> None:
+        """Say which store the run is for."""
+        self._replace("run.json", {**self.run, "store": store})
+
+    def _replace(self, name: str, content: dict[str, Any]) -> None:
+        partial = self.path / f"{name}.partial"
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        partial.replace(self.path / name)
+
+    def remove(self) -> None:
+        """Take the folder away: out of sight first, so that nobody finds half of it."""
+        hidden = self.path.with_name(f".removed-{self.path.name}")
+        self.path.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def find(root: Path, text: str) -> StateFolder:
+    """The run in mlruns/state/ whose key or MLflow id begins like this; raises StoreError where that isn't one."""
+    folders = state_folders(root)
+    found = [folder for folder in folders if folder.path.name.startswith(text) or (folder.carried.get("run_id") or "").startswith(text)]
+    if len(found) != 1:
+        known = ", ".join(folder.path.name for folder in found or folders) or "none"
+        raise StoreError(f"{text!r} fits {len(found)} of the runs that are on disk; there are: {known}")
+    return found[0]
+
+
+def state_folders(root: Path) -> list[StateFolder]:
+    """Every visible state folder, oldest first."""
+    found = []
+    for path in state_folder(root).glob("[!.]*"):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
+            found.append(StateFolder.at(path))
+    return sorted(found, key=lambda folder: (folder.run["started_ms"], folder.path.name))

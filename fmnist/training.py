@@ -1,0 +1,264 @@
+"""The training of runs, segment by segment: steps, evaluations, early stopping, checkpoints, and how each run ends."""
+
+import functools
+import io
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fmnist import checkpoint
+from fmnist import engine as engines
+from fmnist import spec as specs
+from fmnist.errors import Diverged, FmnistError, Interrupted
+from fmnist.state import Journal, now_ms
+
+COLLAPSED_LOSS, COLLAPSED_ACCURACY = 2.29, 0.12  # chance level over ten classes is ln 10 = 2.303 and 0.1
+CHECKPOINT_S = 2.0  # checkpoints are saved at the end of a segment when this much has passed since the last ...
+CHECKPOINT_SHARE = 100  # ... and this many times what those took, so that they stay below 1 % of the run
+
+State = dict[str, Any]  # what a checkpoint holds
+
+
+class Evaluated(NamedTuple):
+    """One evaluation on the validation split."""
+
+    step: int
+    loss: float
+    accuracy: float
+
+
+@dataclass
+class Outcome:
+    """How a run ended; what `fmnist run --json` prints."""
+
+    key: str
+    name: str
+    status: str = "RUNNING"
+    steps: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    weights: str = "final"
+    collapsed_at: int | None = None
+    stopped_early_at: int | None = None
+    training_s: float = 0.0
+    total_s: float = 0.0
+    recording_s: float = 0.0  # what of it the journal and the checkpoints took
+    reason: str | None = None  # why it did not finish
+    resumable: bool = False  # whether the same command continues it
+    exit_code: int = 0
+    run_id: str | None = None
+    experiment_id: str | None = None
+    unsynced: str | None = None  # why the run isn't in MLflow yet; None when it is
+
+
+class Segment(NamedTuple):
+    """What an engine trained at a stretch."""
+
+    first: int  # step
+    curves: list[engines.Curves]  # one for each of its models
+    started_ms: int
+    seconds: float
+
+
+class Stack:
+    """Runs that are trained in the same steps by one engine; an ordinary run is a stack of one.
+
+    Each ends by itself, as it would alone, and the rest go on.
+    """
+
+    def __init__(self, engine: engines.Engine) -> None:
+        self.engine = engine
+        self.trainings: list[Training] = []
+        self._segment = Segment(0, [], 0, 0.0)
+
+    def train(self, watch: Callable[["Training"], None], caught: Sequence[int]) -> None:
+        """Train all to their ends; where a signal was `caught`, they end with a checkpoint after the segment."""
+        save_due = time.monotonic() + CHECKPOINT_S
+        for segment in specs.plan(self.engine.specs[0]):
+            self._each(Training.end_early)
+            wanting = [training for training in self._live() if training.wants(segment)]
+            if not wanting:
+                continue  # done before the checkpoint
+            self._each(functools.partial(Training.do, segment=segment), wanting)
+            if (began := time.monotonic()) > save_due:
+                self._each(Training.save)
+                save_due = time.monotonic() + max(CHECKPOINT_S, CHECKPOINT_SHARE * (time.monotonic() - began))
+            self._each(watch, self._live()[:1])
+            if caught:
+                self._each(functools.partial(Training.interrupt, number=caught[0]))
+        self._each(Training.finish)
+
+    def up_to(self, stop: int) -> Segment:
+        """The segment that ends at this step, trained when the first of the runs asks for it."""
+        if self.engine.step < stop:
+            first, started, began = self.engine.step + 1, now_ms(), time.monotonic()
+            curves = self.engine.train(stop)
+            self._segment = Segment(first, curves, started, time.monotonic() - began)
+        return self._segment
+
+    def _live(self) -> list["Training"]:
+        return [training for training in self.trainings if training.outcome.status == "RUNNING"]
+
+    def _each(self, act: Callable[["Training"], None], some: Sequence["Training"] | None = None) -> None:
+        for training in self._live() if some is None else some:
+            try:
+                act(training)
+            except Exception as error:  # whatever broke, the record says so before the process ends
+                training.fail(error)
+
+
+@dataclass
+class Training:
+    """One run's training, as a member of a stack."""
+
+    spec: specs.ExperimentSpec
+    stack: Stack
+    member: int
+    journal: Journal
+    outcome: Outcome
+    step: int = 0
+    evaluations: list[Evaluated] = field(default_factory=list)
+    best: Evaluated | None = None
+    since_best: int = 0  # evaluations after the best one
+    best_weights: State | None = None  # {step, parameters} of the best evaluation, with early stopping
+    latest: engines.Evaluation | None = None
+    curves: dict[str, np.ndarray] | None = None  # the latest segment's
+    interval: list[dict[str, np.ndarray]] = field(default_factory=list)  # the curves since the last evaluation
+
+    @property
+    def engine(self) -> engines.Engine:
+        return self.stack.engine
+
+    def go_on_from(self, state: State) -> None:
+        """Be where an unbroken run was at this checkpoint; what the loop remembers comes from the journal."""
+        self.engine.load_state(state, self.member)
+        self.step, self.best_weights = self.engine.step, state["best"]
+        for record in self.journal.records:
+            if record.kind == "train" and (count := self.step + 1 - record.fields["first"]) > 0:
+                self.curves = {name: array[:count] for name, array in record.arrays.items()}
+                self.interval.append(self.curves)
+            elif record.kind == "evaluation" and record.fields["step"] <= self.step:
+                self._note_evaluation(record.fields["step"], record.fields)
+        self.outcome.steps, self.outcome.training_s = self.step, self.journal.elapsed_s
+
+    def wants(self, segment: specs.Segment) -> bool:
+        """Whether this run has not done it yet."""
+        evaluated = self.evaluations[-1].step if self.evaluations else -1
+        return segment.stop > self.step or (segment.evaluate and segment.stop > evaluated)
+
+    def do(self, segment: specs.Segment) -> None:
+        """Take over what the stack trained, and evaluate; raises Diverged."""
+        if segment.stop > self.step:
+            self._train_to(segment.stop)
+        if segment.evaluate:
+            self._evaluate()
+
+    def end_early(self) -> None:
+        """Finish, if evaluations have not improved for as long as the spec has patience."""
+        stopping = self.spec.train.early_stopping
+        if stopping and self.since_best >= stopping.patience:
+            self.outcome.stopped_early_at = self.step
+            self.finish()
+
+    def interrupt(self, number: int) -> None:
+        self.save()
+        raise Interrupted(number, self.step)
+
+    def fail(self, error: Exception) -> None:
+        """Write down why the run ends, and whether it can be continued."""
+        outcome, expected = self.outcome, isinstance(error, FmnistError)
+        outcome.status = "KILLED" if isinstance(error, Interrupted) else "FAILED"
+        outcome.reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        outcome.exit_code = error.exit_code if isinstance(error, FmnistError) else Diverged.exit_code
+        outcome.resumable = isinstance(error, Interrupted | OSError)  # a full disk is not the run's fault
+        details = None if expected else "".join(traceback.format_exception(error))
+        try:
+            self.journal.event("end", status=outcome.status, reason=outcome.reason, traceback=details, resumable=outcome.resumable)
+        except OSError as another:  # a full disk can't take even this; the missing end tells the same
+            outcome.unsynced = f"how it ended could not be written: {another}"
+
+    def _train_to(self, stop: int) -> None:
+        segment = self.stack.up_to(stop)
+        curves, began = segment.curves[self.member], time.monotonic()
+        bad = np.flatnonzero(~np.isfinite(curves.loss))
+        kept = int(bad[0]) + 1 if len(bad) else len(curves.loss)
+        self.curves = {name: array[:kept] for name, array in vars(curves).items()}
+        self.interval.append(self.curves)
+        self.journal.train(segment.first, self.curves, segment.started_ms, now_ms(), segment.seconds)
+        self.outcome.recording_s += time.monotonic() - began
+        self.step = stop
+        self.outcome.training_s, self.outcome.steps = self.journal.elapsed_s, segment.first - 1 + kept
+        if len(bad):
+            raise Diverged(
+                f"the training loss is {curves.loss[bad[0]]} at step {self.outcome.steps}, the first that isn't finite; try a smaller optimizer.lr"
+            )
+
+    def _evaluate(self) -> None:
+        self.latest = self.engine.evaluate(self.engine.dataset.validation, self.member)
+        measured = {"epoch": self.step / self.spec.steps_per_epoch, "val/loss": self.latest.loss, "val/accuracy": self.latest.accuracy}
+        lr = None if self.curves is None else float(self.curves["lr"][-1])
+        began = time.monotonic()
+        self.journal.evaluation(self.step, {**measured, "train/lr": lr})
+        self.outcome.recording_s += time.monotonic() - began
+        self._note_evaluation(self.step, measured)
+        if self.spec.train.early_stopping and self.since_best == 0:
+            self.best_weights = {"step": self.step, "parameters": self.engine.state(self.member)["parameters"]}
+
+    def _note_evaluation(self, step: int, measured: dict[str, float]) -> None:
+        evaluated = Evaluated(step, measured["val/loss"], measured["val/accuracy"])
+        self.since_best += 1
+        if self.best is None or self._beats(evaluated, self.best):
+            self.best, self.since_best = evaluated, 0
+        before = self.evaluations[-1].step if self.evaluations else 0
+        if self.outcome.collapsed_at is None and before >= self.spec.steps_per_epoch:  # a run may begin by guessing
+            loss, accuracy = (np.concatenate([arrays[name] for arrays in self.interval]).mean() for name in ("loss", "accuracy"))
+            if loss >= COLLAPSED_LOSS and accuracy <= COLLAPSED_ACCURACY:
+                self.outcome.collapsed_at = step
+        self.evaluations.append(evaluated)
+        self.interval = []
+
+    def _beats(self, new: Evaluated, best: Evaluated) -> bool:
+        """Whether an evaluation is better: by early stopping's measure, or by accuracy where that is off."""
+        stopping = self.spec.train.early_stopping
+        if stopping is not None and stopping.metric == "loss":
+            return new.loss < best.loss - stopping.min_delta
+        return new.accuracy > best.accuracy + (stopping.min_delta if stopping else 0.0)
+
+    def save(self) -> None:
+        began = time.monotonic()
+        self.journal.flush()
+        checkpoint.save(self.journal.folder, self.spec, {**self.engine.state(self.member), "best": self.best_weights})
+        self.outcome.recording_s += time.monotonic() - began
+
+    def finish(self) -> None:
+        """Evaluate the final weights, or with early stopping the best ones, and write down the results."""
+        self.save()
+        if self.best_weights is not None and self.best_weights["step"] != self.step:
+            self.engine.parameters[self.member].copy_(self.best_weights["parameters"])
+            self.latest, self.outcome.weights = None, "best"
+        assert self.best is not None
+        dataset = self.engine.dataset
+        latest = self.latest or self.engine.evaluate(dataset.validation, self.member)
+        metrics = {"best/step": self.best.step, "best/val_loss": self.best.loss, "best/val_accuracy": self.best.accuracy}
+        metrics |= {"last/val_loss": latest.loss, "last/val_accuracy": latest.accuracy}
+        predictions = {"val": (dataset.validation, latest)}
+        if dataset.test is not None:
+            test = self.engine.evaluate(dataset.test, self.member)
+            metrics |= {"test/loss": test.loss, "test/accuracy": test.accuracy}
+            predictions["test"] = (dataset.test, test)
+        arrays: dict[str, np.ndarray] = {}
+        for split, (images, evaluation) in predictions.items():
+            columns = {"index": images.index, "labels": images.labels.cpu().numpy(), "logits": evaluation.logits}
+            arrays |= {f"{split}_{name}": column for name, column in columns.items()}
+        content = io.BytesIO()
+        np.savez(content, allow_pickle=False, **arrays)
+        checkpoint.write(self.journal.folder / "predictions.npz", content)
+        self.outcome.metrics = metrics
+        told = {name: getattr(self.outcome, name) for name in ("weights", "collapsed_at", "stopped_early_at", "training_s", "recording_s")}
+        self.journal.final(metrics, **told)
+        self.journal.flush()
+        self.journal.event("end", status="FINISHED", reason=None, resumable=False)
+        self.outcome.status = "FINISHED"
