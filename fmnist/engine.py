@@ -52,7 +52,7 @@ def device(compute: specs.Compute, precision: str = "float32") -> torch.device:
 
 
 def stack_size(compute: specs.Compute, device: torch.device) -> int:
-    """How many runs to train in the same steps; on the CPU one, where more gain nothing (benchmarks/stacks.py)."""
+    """How many runs to train in the same steps; on the CPU one, where the recipe's model loses by more (benchmarks/stacks.py)."""
     if isinstance(compute.stack, int):
         return compute.stack
     return CUDA_STACK if compute.stack == "auto" and device.type == "cuda" else 1

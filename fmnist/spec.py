@@ -172,7 +172,7 @@ class Compute(Section):
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     """CPU threads of the trainer; for matrices this small one is the fastest."""
     stack: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=4_096)] = "auto"
-    """Runs of one shape that are trained in the same steps; auto: many on a CUDA device, one on the CPU, where more gain nothing."""
+    """Runs of one shape that are trained in the same steps; auto: many on a CUDA device, one on the CPU."""
 
 
 def valid_name(name: str) -> str:
