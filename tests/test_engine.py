@@ -218,7 +218,7 @@ def members(stack: str) -> list[specs.ExperimentSpec]:
 @pytest.mark.parametrize("stack", STACKS)
 def test_a_member_of_a_stack_is_the_run_of_its_spec_alone(stack: str, dataset: data.Dataset) -> None:
     """To 1e-3 of the loss over 300 steps of SGD: the order of sums differs, and training carries the rounding along."""
-    dataset, together = data.Dataset(dataset.train, dataset.validation, None), engine.Engine(members(stack), dataset)
+    together = engine.Engine(members(stack), dataset)
     trained = [together.train(stop) for stop in (100, LONG_RUN)]
     for k, spec in enumerate(together.specs):
         alone = engine.Engine([spec], dataset)

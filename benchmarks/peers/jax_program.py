@@ -1,17 +1,19 @@
 """A jitted JAX program: lax.scan over the batches of each 1,000 steps, every step's loss and accuracy returned, then log_batch."""
 
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import common
 import jax
 import jax.numpy as jnp
+import mlflow
 import numpy as np
+from common import BATCH, LR, MOMENTUM
 from jax import lax
+from mlflow.entities import Metric
 
-BATCH, WIDTHS, SEGMENT, LR, MOMENTUM = 32, (784, 300, 100, 10), 1_000, 0.001, 0.9
+WIDTHS, SEGMENT = (784, 300, 100, 10), common.EVAL_EVERY
 
 
 def initial(seed: int) -> Any:
@@ -62,10 +64,6 @@ def trainer(split: Any) -> Callable[[int], None]:
 
 
 def main() -> None:
-    import common
-    import mlflow
-    from mlflow.entities import Metric
-
     given = common.arguments()
     images, labels = map(jnp.asarray, common.arrays(train=True))
     test = tuple(map(jnp.asarray, common.arrays(train=False)))
@@ -97,5 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     main()
