@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fmnist import experiments, journal, state
-from fmnist import spec as specs
 from fmnist.errors import FmnistError, UserError
 
 if TYPE_CHECKING:
@@ -63,6 +61,9 @@ def _answer(value: dict[str, Any], lines: Iterable[str], as_json: bool, exit_cod
 
 
 def _complete_experiment(incomplete: str) -> list[str]:
+    from fmnist import experiments
+    from fmnist import spec as specs
+
     return [name for name in experiments.names(specs.home()) if name.startswith(incomplete)]
 
 
@@ -88,6 +89,9 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Train an experiment and record it; an interrupted run of the same spec is continued."""
+    from fmnist import experiments, state
+    from fmnist import spec as specs
+
     root = specs.home()
     folder = None if resume is None else state.find(root, resume)
     if fresh and resume:
@@ -102,20 +106,24 @@ def run(
         raise UserError("EXP is missing: the name of an experiment (`fmnist list` shows them), or --resume RUN")
     from fmnist import runner
 
-    _train(lambda context: runner.run(wanted, context, fresh, folder), no_sync, as_json, many=seeds is not None)
+    def start(context: "Context") -> "list[Outcome]":
+        left = wanted if seeds is None or fresh else runner.missing(wanted, context)
+        return runner.run(left, context, fresh, folder) if left else []
+
+    _train(start, no_sync, as_json, many=seeds is not None)
 
 
 def _seeds(text: str | None) -> list[list[str]]:
     """The overrides that set the seed, for each run that --seeds asks for."""
+    from fmnist.spec import shorten
+
     if text is None:
         return [[]]
     if not re.fullmatch(r"\d{1,10}(,\d{1,10})*,?", text) or text == "0":
-        raise UserError(
-            f"--seeds: given {specs.shorten(text)}; give how many, as in 5 for the seeds 0 to 4, or which, as in 3,7,9 (one: 3,)"
-        )
+        raise UserError(f"--seeds: given {shorten(text)}; give how many, as in 5 for the seeds 0 to 4, or which, as in 3,7,9 (one: 3,)")
     seeds = [int(seed) for seed in text.rstrip(",").split(",")] if "," in text else range(int(text))
     if len(seeds) > MOST_SEEDS or len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds: given {specs.shorten(text)}; give at most {MOST_SEEDS:,} seeds, none of them twice")
+        raise UserError(f"--seeds: given {shorten(text)}; give at most {MOST_SEEDS:,} seeds, none of them twice")
     return [[f"train.seed={seed}"] for seed in seeds]
 
 
@@ -140,6 +148,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Train a run again from its stored spec and compare, bit for bit; exit 1 where it comes out otherwise."""
+    from fmnist import spec as specs
     from fmnist import verify as verification
 
     with _recorded(run, None, verification.ARTIFACTS) as (found, folder):
@@ -155,20 +164,20 @@ def verify(
 @contextmanager
 def _recorded(text: str, status: str | None, artifacts: "Sequence[str]") -> "Iterator[tuple[pd.Series, Path]]":
     """A run in the store, and a folder with these of its artifacts, each verified."""
-    from fmnist import report, tracking
+    from fmnist import spec as specs
+    from fmnist import tracking
 
     store = tracking.connect(specs.home())
-    found = report.select(store.runs(status), [text])
-    if len(found) != 1:
-        raise UserError(f"{text!r} fits {len(found)} runs; give the id of one: {', '.join(found['run_id'])}")
+    found = tracking.the_one(store.runs(status), text)
     with tempfile.TemporaryDirectory(prefix="fmnist-") as folder:
-        store.artifacts(found["run_id"][0], artifacts, Path(folder))
-        yield found.iloc[0], Path(folder)
+        store.artifacts(found["run_id"], artifacts, Path(folder))
+        yield found, Path(folder)
 
 
 def _train(start: "Callable[[Context], list[Outcome]]", no_sync: bool, as_json: bool, many: bool = False) -> None:
     """Train, show how it goes, and tell how each run ended; exits with the worst of their codes."""
     from fmnist import runner, tracking
+    from fmnist import spec as specs
 
     with _display(as_json) as watch:
         outcomes = start(runner.Context(specs.home(), not no_sync, _tell, watch))
@@ -180,11 +189,15 @@ def _train(start: "Callable[[Context], list[Outcome]]", no_sync: bool, as_json: 
     if any(outcome.status == "FINISHED" for outcome in outcomes):
         lines += ["next: `make report` draws it beside the other runs; `fmnist list` shows what else there is to run"]
     values = [{**dataclasses.asdict(outcome), "link": link} for outcome, link in zip(outcomes, links, strict=True)]
-    _answer({"runs": values} if many else values[0], lines, as_json, max(outcome.exit_code for outcome in outcomes))
+    lines = lines or ["every one of these seeds is there already; `fmnist compare` and `make report` show them"]
+    _answer({"runs": values} if many else values[0], lines, as_json, max((outcome.exit_code for outcome in outcomes), default=0))
 
 
 def _told(outcome: "Outcome", link: str | None) -> "Iterator[str]":
     """How a run ended, in words."""
+    from fmnist import journal
+    from fmnist import spec as specs
+
     if outcome.metrics:
         yield from (outcome.name, *journal.in_words(vars(outcome)))
     rate = f" ({outcome.steps / outcome.training_s:,.0f} steps/s)" if outcome.training_s else ""
@@ -225,6 +238,9 @@ def _display(quiet: bool) -> "Iterator[Callable[[Training], None]]":
 @app.command()
 def show(exp: Annotated[str, EXPERIMENT], overrides: Overrides = [], as_json: Json = False) -> None:
     """Print the resolved spec, where each value comes from, and what the run would do."""
+    from fmnist import experiments
+    from fmnist import spec as specs
+
     resolved = experiments.load(exp, overrides)
     spec = resolved.spec
     evaluations = sum(segment.evaluate for segment in specs.plan(spec))
@@ -252,6 +268,9 @@ def show(exp: Annotated[str, EXPERIMENT], overrides: Overrides = [], as_json: Js
 @app.command("list")
 def list_experiments(as_json: Json = False) -> None:
     """List the experiments with their questions."""
+    from fmnist import experiments
+    from fmnist import spec as specs
+
     root = specs.home()
     _look_after(root)
     names = experiments.names(root)
@@ -269,11 +288,81 @@ def list_experiments(as_json: Json = False) -> None:
     _answer({"experiments": rows}, lines, as_json)
 
 
+# ---- runs, compare, promote
+
+
+@app.command("runs")
+def list_runs(as_json: Json = False) -> None:
+    """List what is recorded: a line per run, oldest first."""
+    from fmnist import spec as specs
+    from fmnist import tracking
+
+    root = specs.home()
+    _look_after(root)
+    found = tracking.connect(root).runs(status=None)
+    columns = {"name": "name", "status": "status", "outcome": "t/outcome", "seed": "t/seed", "val_accuracy": "m/last/val_accuracy"}
+    columns |= {"run_id": "run_id", "fingerprint": "t/fingerprint", "group": "t/group"}
+    table = found.reindex(columns=list(columns.values())).set_axis(list(columns), axis=1)
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
+    for row in rows:
+        row["outcome"] = row["outcome"] or {"FINISHED": "finished"}.get(row["status"])  # of before there was that tag
+    wide = max((len(row["name"]) for row in rows), default=0)
+    lines = [
+        f"{row['run_id'][:8]}  {row['name']:<{wide}}  {row['outcome'] or row['status'].lower():<11}"
+        + (f"  val accuracy {row['val_accuracy']:.4f}" if row["val_accuracy"] is not None else "")
+        for row in rows
+    ]
+    _answer({"runs": rows}, lines, as_json)
+
+
+@app.command()
+def compare(
+    what: Annotated[list[str], typer.Argument(metavar="A B [C ...]", help="Experiments, groups or runs (ids); A is the reference.")],
+    detect: Annotated[float, typer.Option(help="The difference in accuracy that more seeds should resolve.")] = 0.002,
+    as_json: Json = False,
+) -> None:
+    """Compare the validation accuracy of settings with the first, over new seeds and new images: better, worse, or cannot tell."""
+    from fmnist import api
+
+    found = api.compare(*what, detect=detect)
+    value = {
+        "groups": [{"label": group.label, "runs": group.members["run_id"].tolist(), "seeds": group.seeds} for group in found.groups],
+        "comparisons": [{**dataclasses.asdict(each), "n": each.n} for each in found.comparisons],
+        "differing": found.differing.to_dict("index"),
+        "cautions": found.cautions,
+    }
+    _answer(value, [str(found)], as_json)
+
+
+@app.command()
+def promote(
+    run: Annotated[str | None, typer.Argument(help="A finished run: its id, or its name if no other has it.")] = None,
+    because: Annotated[str | None, typer.Option(help="Promote it whatever the comparison says, for this reason.")] = None,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Make the champion before this one champion again.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Register a run's model, and make it the champion if it beats the champion on the same held-out images; exit 1 if it does not."""
+    from fmnist import promotion, tracking
+    from fmnist import spec as specs
+
+    if rollback == (run is not None):
+        raise UserError("give a run to promote, or --rollback to undo the last promotion")
+    store = tracking.connect(specs.home())
+    found = promotion.roll_back(store) if run is None else promotion.promote(store, run, because)
+    _answer(dataclasses.asdict(found), found.lines, as_json, 0 if found.champion else 1)
+
+
 # ---- data, sync, doctor, report
 
 
 def _look_after(root: Path) -> None:
     """Tell of runs that stopped midway, and see to it that what isn't in MLflow yet gets there."""
+    from fmnist import spec as specs
+
+    if not any((root / "mlruns" / "state").glob("[!.]*")):
+        return
+    from fmnist import state  # numpy comes with it
+
     folders = state.state_folders(root)
     for folder in folders:
         if folder.resumable:
@@ -286,6 +375,7 @@ def _look_after(root: Path) -> None:
 def doctor(as_json: Json = False) -> None:
     """Look at environment, data, store and unfinished runs, and say what to do; exit 1 if there is anything."""
     from fmnist import doctor as doctors
+    from fmnist import spec as specs
 
     found = list(doctors.findings(specs.home()))
     lines = [f"ok  {finding.what}" if finding.remedy is None else f"!!  {finding.what}\n      {finding.remedy}" for finding in found]
@@ -297,6 +387,7 @@ def doctor(as_json: Json = False) -> None:
 def fetch_data(as_json: Json = False) -> None:
     """Fetch and verify Fashion-MNIST."""
     from fmnist import data
+    from fmnist import spec as specs
 
     folder = data.raw_folder(specs.home())
     data.ensure(specs.home(), _tell)
@@ -308,6 +399,7 @@ def fetch_data(as_json: Json = False) -> None:
 def sync(as_json: Json = False) -> None:
     """Carry runs that are on disk only into MLflow, now."""
     from fmnist import sidecar
+    from fmnist import spec as specs
 
     done = sidecar.sync(specs.home(), _tell if as_json else print)
     lines = [] if done else ["nothing to carry over: every run is in MLflow"]
@@ -317,15 +409,19 @@ def sync(as_json: Json = False) -> None:
 @app.command()
 def report(
     runs: Annotated[list[str], typer.Argument(help="Runs by name, id or experiment; all finished ones if none is given.")] = [],
+    update_readme: Annotated[
+        bool, typer.Option("--update-readme", help="Put the results into README.md and the experiments' headers.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write reports/: each run's figures, overlays, and a table of what differs."""
+    """Write reports/: report.html, each run's figures, overlays, and a table of what differs."""
     from fmnist import report as reports
+    from fmnist import spec as specs
     from fmnist import tracking
 
     root = specs.home()
     _look_after(root)
-    written = reports.write(tracking.connect(root), root / "reports", runs)
+    written = reports.write(tracking.connect(root), root / "reports", runs, update_readme=update_readme)
     if not as_json:
         from rich.console import Console
         from rich.table import Table
@@ -346,6 +442,7 @@ def report(
 @app.command()
 def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)] = 5000) -> None:
     """Show the runs in MLflow, on this machine only; Ctrl-C stops it."""
+    from fmnist import spec as specs
     from fmnist import tracking
 
     root = specs.home()

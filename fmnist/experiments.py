@@ -51,9 +51,9 @@ class Resolved:
 
     @property
     def display_name(self) -> str:
-        """The spec's name, each overridden leaf, and the seed where it isn't the file's own: 'baseline lr=0.01 s3'."""
+        """The spec's name, each overridden leaf that defines the run, and the seed where it isn't the file's own: 'baseline lr=0.01 s3'."""
         flat = self.spec.flat()
-        told = [path for path in self.overridden if path not in ("train.seed", "name", "question")]
+        told = [path for path in self.overridden if path.partition(".")[0] in specs.DEFINING and path != "train.seed"]
         changes = [f"{path.rpartition('.')[2]}={flat.get(path, 'on')}" for path in told]
         seed = [f"s{self.spec.train.seed}"] if "train.seed" in self.overridden else []
         return " ".join([self.spec.name, *changes, *seed])

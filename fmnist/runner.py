@@ -4,9 +4,11 @@ Nothing here computes and nothing here knows MLflow: the journal is carried ther
 """
 
 import contextlib
+import json
 import re
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -60,6 +62,32 @@ def run(wanted: Sequence[experiments.Resolved], context: Context, fresh: bool = 
     Raises UserError before the first is begun.
     """
     return _train([_request(resolved, context, fresh, resume) for resolved in wanted], context)
+
+
+def missing(wanted: Sequence[experiments.Resolved], context: Context) -> list[experiments.Resolved]:
+    """Those of which no run is recorded, on its way into MLflow or being trained by another process; of the others it says why."""
+    done = _recorded() | {folder.run["fingerprint"]: why for folder in state_folders(context.root) if (why := _at_hand(folder))}
+    for resolved in wanted:
+        if why := done.get(resolved.spec.fingerprint):
+            context.say(f"s{resolved.spec.train.seed}: {why}")
+    return [resolved for resolved in wanted if resolved.spec.fingerprint not in done]
+
+
+def _recorded() -> dict[str, str]:
+    """Fingerprints of finished and diverged runs in MLflow, asked of another process: this one stays without MLflow."""
+    answer = subprocess.run([sys.executable, "-m", "fmnist", "runs", "--json"], capture_output=True, text=True)
+    found = json.loads(answer.stdout)["runs"] if answer.returncode == 0 else []  # there may be no store yet
+    counted = [run for run in found if run["outcome"] in ("finished", "diverged")]
+    return {run["fingerprint"]: f"{run['outcome']} already, as run {run['run_id'][:8]} (--fresh trains it again)" for run in counted}
+
+
+def _at_hand(folder: StateFolder) -> str | None:
+    """Why a run that is on disk needs no other beside it; None where it does, or where it is to be continued."""
+    if folder.running:
+        return f"being trained by {folder.holder}"
+    last = next((record.fields for record in reversed(read(folder.path / "journal")[0]) if record.kind in ("end", "resume")), {})
+    ended = last.get("status") == "FINISHED" or last.get("outcome") == "diverged"
+    return f"on its way into MLflow from {folder.path.name}" if ended and folder.carried.get("closed") != "DELETED" else None
 
 
 def _request(resolved: experiments.Resolved, context: Context, fresh: bool, resume: StateFolder | None) -> Request:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmnist import tracking
+from fmnist import groups, tracking
 from fmnist.errors import StoreError
 from fmnist.journal import Record, curves, in_words, points, read
 from fmnist.spec import redacted, store_name
@@ -36,6 +36,7 @@ IDLE_S = 30
 PERIOD_S = 0.2
 NICENESS = 10
 MAX_BACKOFF_S = 10.0
+OUTCOMES = {"FINISHED": "finished", "KILLED": "interrupted", "FAILED": "failed"}
 SILENT_END: dict[str, Any] = {"status": "KILLED", "reason": "the process ended without a word (kill -9, out of memory or power loss)"}
 """What is taken for the end record of a run whose trainer wrote none."""
 
@@ -63,6 +64,7 @@ def _serve(root: Path) -> None:
     """Carry until nothing has been left to carry for a while."""
     carriers: dict[Path, Carrier] = {}
     store: tracking.Store | None = None
+    grown: set[str] = set()  # groups that gained a run
     idle_since, backoff, rehearsed = time.monotonic(), PERIOD_S, False
     while time.monotonic() - idle_since < IDLE_S and carrier_lock(root, store_name()).exists():
         if store is not None and store.stale:  # the database was deleted or replaced below us
@@ -80,17 +82,34 @@ def _serve(root: Path) -> None:
                 carrier = carriers[folder.path]
                 if carrier.advance():
                     idle_since, backoff = time.monotonic(), PERIOD_S
+                    grown |= {carrier.spec.group} if carrier.closed else set()
                     if not rehearsed and not carrier.closed:
                         carrier.rehearse()
                         rehearsed = True
                         gc.freeze()  # a third of the time to store points went into collecting what the imports left
             except Exception as error:  # an outage of any kind: the journal waits, training goes on
-                print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {folder.path.name}: {_report(folder, error)}", flush=True)
+                _complain(f"{folder.path.name}: {_report(folder, error)}")
                 carriers.pop(folder.path, None)  # what it knows may be of a store that is no more
                 backoff = min(2 * backoff, MAX_BACKOFF_S)
             if folder.running:
                 idle_since = time.monotonic()
+        for group in grown - {folder.run.get("group") for folder in state_folders(root) if not folder.carried.get("closed")}:
+            grown.remove(group)  # once no other run of it is at work
+            if store is not None:
+                _regroup(store, group)
         time.sleep(backoff)
+
+
+def _complain(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}", flush=True)
+
+
+def _regroup(store: tracking.Store, key: str) -> None:
+    """Write the runs of a group anew; what fails only delays it to the next change: everything in it is derived."""
+    try:
+        groups.write(store, key)
+    except Exception as error:
+        _complain(f"group {key[:8]}: {redacted(' '.join(repr(error).split())[:300])}")
 
 
 def _settled(folder: StateFolder) -> bool:
@@ -113,7 +132,7 @@ def _report(folder: StateFolder, error: Exception) -> str:
 
 def sync(root: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Carry every run that is meant for this store or for none yet, now, in place of a sidecar that may be at work."""
-    results: list[dict[str, Any]] = []
+    results, grown = list[dict[str, Any]](), set[str]()
     if all(_settled(folder) for folder in state_folders(root)):
         return results
     lock = carrier_lock(root, store_name())
@@ -135,11 +154,14 @@ def sync(root: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
                 while not _settled(folder) and carrier.advance():
                     pass
                 result |= {"run_id": carrier.run_id, "status": carrier.closed or "RUNNING"}
+                grown |= {carrier.spec.group}
                 say(f"{folder.path.name}: {carrier.closed or 'still running; what there is so far is stored'}")
             except Exception as error:  # one run's trouble is not the others'
                 result["error"] = _report(folder, error)
                 say(f"{folder.path.name}: not stored yet, it stays on disk: {result['error']}")
             results.append(result)
+        for group in grown:
+            _regroup(store, group)
         return results
 
 
@@ -216,7 +238,9 @@ class Carrier:
             "git_dirty": str(environment["git_dirty"]).lower(),
             "torch": environment["packages"]["torch"],
             "extends": run.get("extends"),
+            "command": environment["command"],
             "mlflow.source.git.commit": environment["git_commit"],
+            "question": spec.question or None,
             "mlflow.note.content": spec.question,
         }
         self.experiment_id = self.store.experiment(spec.tracking.experiment)
@@ -276,7 +300,9 @@ class Carrier:
             page += [f"**{status}**: {reason}", ""]
         if final:
             page += [*in_words(final), f"Training took {final['training_s']:.1f} s.", ""]
-        tags = {key: (final or {}).get(key) for key in ("weights", "collapsed_at", "stopped_early_at", "recording_s")}
+        tags = {key: (final or {}).get(key) for key in ("weights", "collapsed_at", "stopped_early_at", "recording_s", "training_s")}
+        end = records[-1].fields if _has_ended(records) else SILENT_END
+        tags["outcome"] = end.get("outcome", OUTCOMES[status]) if status == end["status"] else OUTCOMES[status]
         if resumed := [record.fields["step"] for record in records if record.kind == "resume"]:
             tags |= {"resumes": len(resumed), "resumed_from_step": resumed[-1]}
         page.append(f"Repeat: `{self.environment['command']}`")

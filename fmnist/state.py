@@ -1,7 +1,7 @@
 """A run's folder while the run trains, while it can be continued, and until MLflow has all of it: mlruns/state/<run key>/.
 
 lock              held (flock) by the trainer as long as it lives; holds its pid and host
-run.json          key, display name, fingerprint, start, the store that it is for (none with --no-sync), the run that it extends
+run.json          key, display name, fingerprint, group, start, the store that it is for (none with --no-sync), the run that it extends
 spec.yaml         the resolved spec; environment.json: where the run began
 journal           its records, the source of truth
 checkpoint.pt     the training state, never ahead of what the disk holds of the journal; checkpoint.previous.pt: the one before
@@ -93,7 +93,7 @@ class Journal:
         folder = state_folder(root) / f"{spec.name}-s{spec.train.seed}-{spec.fingerprint[:8]}-{stamp}"
         partial = folder.with_name(f".{folder.name}-{os.getpid()}")
         started = min([now_ms(), *(record.fields["t0"] for record in records if record.kind == "train")])
-        run = {"key": folder.name, "name": display_name, "fingerprint": spec.fingerprint, "started_ms": started}
+        run = {"key": folder.name, "name": display_name, "fingerprint": spec.fingerprint, "group": spec.group, "started_ms": started}
         partial.mkdir(parents=True)
         try:
             lock = os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)

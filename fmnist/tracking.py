@@ -7,9 +7,11 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import sqlite3
@@ -23,7 +25,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from fmnist import spec as specs
-from fmnist.errors import StoreError
+from fmnist.errors import StoreError, UserError
 from fmnist.journal import Point
 
 if TYPE_CHECKING:
@@ -53,7 +55,12 @@ EXPERIMENT_TAGS = {
     "mlflow.experiment.primaryMetric.greaterIsBetter": "true",
 }
 PATHS = "experiments.artifact_location", "runs.artifact_uri", "logged_models.artifact_location", "model_versions.storage_location"
-INFO = {"run_id": "run_id", "experiment_id": "experiment_id", "name": "run_name", "status": "status", "start": "start_time"}
+INFO = {
+    **{"run_id": "run_id", "experiment_id": "experiment_id", "name": "run_name"},
+    **{"status": "status", "start": "start_time", "end": "end_time"},
+}
+CURVES = ["train/loss", "train/accuracy", "train/lr", "val/loss", "val/accuracy"]
+REGISTERED, CHAMPION = "fmnist", "champion"
 DATA_URL = "https://github.com/zalandoresearch/fashion-mnist"
 
 
@@ -257,6 +264,30 @@ class Store:
         if "reason" in self.client.get_run(run_id).data.tags:
             self.client.delete_tag(run_id, "reason")
 
+    def replace_group(
+        self, like: "pd.DataFrame", name: str, tags: Mapping[str, Any], parameters: Mapping[str, str], points: Iterable[Point], files: Path
+    ) -> None:
+        """Make the group run of these runs, rows of `runs` of one experiment and group, and their parent; the one that was there goes.
+
+        MLflow can't change points that it holds, so a group that has grown is another run.
+        """
+        experiment, group = str(like["experiment_id"].iloc[0]), str(like["t/group"].iloc[0])
+        before = self.client.search_runs([experiment], f"tags.kind = 'group' and tags.group = '{group}'")
+        members = hashlib.sha256(" ".join(like["run_id"]).encode()).hexdigest()
+        if [run.data.tags.get("members_sha256") for run in before] == [members]:
+            return
+        kept = _texts({"kind": "group", "group": group, "mlflow.source.name": "fmnist", "mlflow.source.type": "LOCAL", **tags})
+        run_id = self.client.create_run(experiment, int(like["start"].min()), kept, name).info.run_id
+        self.client.log_batch(run_id, params=[self.entities.Param(key, value) for key, value in parameters.items()])
+        self.log_points(run_id, points)
+        self.client.log_artifacts(run_id, str(files))
+        self.client.set_terminated(run_id, "FINISHED", int(like["end"].max()))
+        for member in like["run_id"]:
+            self.set_tags(member, {"mlflow.parentRunId": run_id})
+        self.set_tags(run_id, {"members_sha256": members})  # last: a group run without it is made again
+        for run in before:
+            self.client.delete_run(run.info.run_id)
+
     def is_deleted(self, run_id: str) -> bool:
         """Whether the store is there and the run is not, or is deleted; raises what MLflow raises where that can't be told."""
         try:
@@ -266,15 +297,45 @@ class Store:
                 return True
             raise
 
+    # ---- the registry
+
+    def champion(self) -> Any | None:
+        """The registered version that is the champion (version, run_id, tags), or None."""
+        try:
+            return self.client.get_model_version_by_alias(REGISTERED, CHAMPION)
+        except Exception as error:
+            if getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+    @_told("the model can't be registered", "see that the run has a model and the store is there")
+    def register(self, run_id: str, description: str, tags: Mapping[str, Any]) -> int:
+        """Register a run's model with these tags and make it the champion; returns its version."""
+        outputs = self.client.get_run(run_id).outputs
+        model_id = outputs.model_outputs[0].model_id
+        with contextlib.suppress(Exception):  # it is there already
+            self.client.create_registered_model(REGISTERED, description="Models of fmnist; the alias `champion` is the one to load.")
+        source = self.client.get_logged_model(model_id).artifact_location
+        made = self.client.create_model_version(REGISTERED, source, run_id, _texts(tags), description=description, model_id=model_id)
+        self.make_champion(made.version)
+        return int(made.version)
+
+    def make_champion(self, version: str) -> None:
+        self.client.set_registered_model_alias(REGISTERED, CHAMPION, str(version))
+
     # ---- reading back
 
     @_told("the runs can't be read", "see that the store is there, or restore it from a copy")
-    def runs(self, status: str | None = "FINISHED") -> "pd.DataFrame":
-        """The runs of every experiment, oldest first: run_id, experiment_id, name, status, start, and p/, m/, t/ + parameter, metric, tag."""
+    def runs(self, status: str | None = "FINISHED", foreign: bool = False, group: str | None = None) -> "pd.DataFrame":
+        """The runs of every experiment, oldest first: run_id, experiment_id, name, status, start, end, and p/, m/, t/ + parameter, metric, tag.
+
+        `foreign` takes in those that other programs wrote; `group` only those of one group.
+        """
         import pandas as pd
 
         ids = [experiment.experiment_id for experiment in self.client.search_experiments()]
-        query = "tags.kind = 'run'" + (f" and attributes.status = '{status}'" if status else "")
+        wanted = {"attributes.status": status, "tags.group": group, "tags.kind": None if foreign else "run"}
+        query = " and ".join(f"{key} = '{value}'" for key, value in wanted.items() if value)
         rows, page = [], None
         while page is None or page.token:
             page = self.client.search_runs(ids, query, max_results=PAGE, order_by=["attributes.start_time"], page_token=page and page.token)
@@ -282,33 +343,97 @@ class Store:
                 row = {column: getattr(run.info, field) for column, field in INFO.items()}
                 for letter, values in (("p", run.data.params), ("m", run.data.metrics), ("t", run.data.tags)):
                     row |= {f"{letter}/{key}": value for key, value in values.items()}
-                rows.append(row)
+                if row.get("t/kind", "run") == "run":
+                    rows.append(row)
         return pd.DataFrame(rows, columns=None if rows else list(INFO))
 
     def curves(self, run_id: str) -> "pd.DataFrame":
-        """A run's curves.parquet (see journal.curves); raises StoreError as `artifacts` does."""
+        """A run's curves.parquet (see journal.curves); raises StoreError as `read` does."""
+        return self._frame(run_id, "curves.parquet")
+
+    def predictions(self, run_id: str) -> "pd.DataFrame":
+        """A run's predictions.parquet: split, index, label, logit_0 to logit_9, a row per image; raises StoreError as `read` does."""
+        return self._frame(run_id, "predictions.parquet")
+
+    def _frame(self, run_id: str, name: str) -> "pd.DataFrame":
         import pandas as pd
 
-        with tempfile.TemporaryDirectory() as folder:
-            self.artifacts(run_id, ["curves.parquet"], Path(folder))
-            return pd.read_parquet(Path(folder) / "curves.parquet")
+        return pd.read_parquet(io.BytesIO(self.read(run_id, [name])[name]))
 
-    def artifacts(self, run_id: str, names: Iterable[str], folder: Path) -> None:
-        """Copy artifacts of a run, and its manifest, below `folder`; raises StoreError, and copies none, where one is not as recorded."""
-        with _told(f"run {run_id}: its artifacts can't be read", "see that the store is there"), tempfile.TemporaryDirectory() as scratch:
-            digests = {"manifest.json": self.client.get_run(run_id).data.tags.get("manifest_sha256")}
+    @_told("the metrics can't be read", "see that the store is there, or restore it from a copy")
+    def histories(self, run_id: str) -> "pd.DataFrame":
+        """What MLflow's history of a run's metrics holds of `curves`, for a run of another program: its names may be as in val_acc."""
+        import pandas as pd
+
+        columns: dict[str, pd.Series] = {}
+        times: dict[int, int] = {}
+        for key in self.client.get_run(run_id).data.metrics:
+            if (name := _standard_name(key)) and name not in columns:
+                points = self.client.get_metric_history(run_id, key)
+                columns[name] = pd.Series({point.step: point.value for point in points}, dtype=float)
+                times |= {point.step: point.timestamp for point in points}
+        frame = pd.DataFrame(columns, columns=CURVES).rename_axis("step").sort_index().reset_index()
+        milliseconds = frame["step"].map(times).astype(float)
+        frame.insert(1, "epoch", np.nan)
+        frame.insert(2, "elapsed_s", (milliseconds - milliseconds.min()) / 1000)
+        return frame
+
+    def read(self, run_id: str, names: Iterable[str]) -> dict[str, bytes]:
+        """Artifacts of a run by name, and its manifest; raises StoreError where one is missing or not as the manifest has it."""
+        with _told(f"run {run_id}: its artifacts can't be read", "see that the store is there"):
+            run, found = self.client.get_run(run_id), dict[str, bytes]()
+            digests = {"manifest.json": run.data.tags.get("manifest_sha256")}
             for name in ("manifest.json", *names):
-                path = self.download(run_id, name, Path(scratch))
-                if hashlib.sha256(data := path.read_bytes()).hexdigest() != digests.get(name) or {"/", ".."} & {*Path(name).parts}:
+                data = b"" if {"/", ".."} & {*Path(name).parts} else self._artifact(run.info, name)
+                if hashlib.sha256(data).hexdigest() != digests.get(name):
                     raise StoreError(f"run {run_id}: {name} is not as it was recorded, and not usable; restore it or train again")
                 digests = json.loads(data) | digests if name == "manifest.json" else digests
-                os.renames(path, Path(scratch, "verified", name))
-            shutil.copytree(Path(scratch, "verified"), folder, dirs_exist_ok=True)
+                found[name] = data
+            return found
+
+    def _artifact(self, info: Any, name: str) -> bytes:
+        with _told(f"run {info.run_id}: {name} can't be read", "where it is lost, restore it or train again"):
+            if (place := _place(info)) is not None:  # MLflow's download takes some 20 ms each
+                return (place / name).read_bytes()
+            with tempfile.TemporaryDirectory() as folder:
+                return self.download(info.run_id, name, Path(folder)).read_bytes()
+
+    def artifacts(self, run_id: str, names: Iterable[str], folder: Path) -> None:
+        """Copy artifacts of a run, and its manifest, below `folder`; raises StoreError as `read` does, and copies none then."""
+        for name, data in self.read(run_id, names).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
 
     def download(self, run_id: str, artifact: str, folder: Path) -> Path:
         """Copy one artifact of a run below `folder`; raises StoreError where it can't be had."""
         with _told(f"run {run_id}: {artifact} can't be read", "where it is lost, restore it or train again"):
+            place = _place(self.client.get_run(run_id).info)
+            if place is not None and (place / artifact).is_dir():
+                return Path(shutil.copytree(place / artifact, folder / artifact))
             return Path(self.client.download_artifacts(run_id, artifact, str(folder)))
+
+
+def _place(info: Any) -> Path | None:
+    """The folder of a run's artifacts, where that is on this machine."""
+    uri = str(info.artifact_uri)
+    return Path(unquote(uri.removeprefix("file://"))) if uri.startswith("file://") else None
+
+
+def _standard_name(key: str) -> str | None:
+    """The column of CURVES that another program's metric belongs to: val_acc, validation/accuracy, Train.Loss, ..."""
+    split, _, name = re.sub(r"[/_. -]+", "/", key.lower()).partition("/")
+    split = {"training": "train", "validation": "val", "valid": "val", "eval": "val"}.get(split, split)
+    found = f"{split}/{ {'acc': 'accuracy', 'learning/rate': 'lr'}.get(name, name) }"
+    return found if found in CURVES else None
+
+
+def the_one(runs: "pd.DataFrame", text: str) -> "pd.Series":
+    """The run among these with this name, or whose key or id begins like this; raises UserError where that isn't one."""
+    fits = runs[(runs["name"] == text) | runs["run_id"].str.startswith(text) | (runs.get("t/run_key") == text)] if len(runs) else runs
+    if len(fits) != 1:
+        known = ", ".join(f"{run_id[:8]} ({name})" for run_id, name in zip(fits["run_id"], fits["name"], strict=True))
+        raise UserError(f"{text!r} fits {len(fits)} runs{f'; give the id of one: {known}' if known else '; `fmnist runs` lists them'}")
+    return fits.iloc[0]
 
 
 def _texts(tags: Mapping[str, Any]) -> dict[str, str]:
@@ -329,6 +454,10 @@ def save_model(module: Any, example: np.ndarray, path: Path, identity: Mapping[s
     signature, model = ModelSignature(Schema([images]), Schema([probabilities])), Model(**(identity or {}))
     options = {"input_example": example, "pip_requirements": requirements, "serialization_format": "pt2"}
     mlflow.pytorch.save_model(module, path, mlflow_model=model, signature=signature, **options)
+
+
+def champion_uri() -> str:
+    return f"models:/{REGISTERED}@{CHAMPION}"
 
 
 def page(experiment_id: str, run_id: str = "", port: int = 5000) -> str:

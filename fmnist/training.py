@@ -176,7 +176,8 @@ class Training:
         outcome.resumable = isinstance(error, Interrupted | OSError)  # a full disk is not the run's fault
         details = None if expected else "".join(traceback.format_exception(error))
         try:
-            self.journal.event("end", status=outcome.status, reason=outcome.reason, traceback=details, resumable=outcome.resumable)
+            told = {"outcome": "diverged"} if isinstance(error, Diverged) else {}
+            self.journal.event("end", status=outcome.status, reason=outcome.reason, traceback=details, resumable=outcome.resumable, **told)
         except OSError as another:  # a full disk can't take even this; the missing end tells the same
             outcome.unsynced = f"how it ended could not be written: {another}"
 

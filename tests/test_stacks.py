@@ -142,7 +142,7 @@ def test_the_command_records_a_run_for_each_seed(fmnist: Fmnist, home: Path) -> 
     assert result.returncode == 0, result.stderr
     outcomes = json.loads(result.stdout)["runs"]
     store = tracking.connect(home)
-    assert [outcome["name"] for outcome in outcomes] == [f"baseline epochs=1 batch_size=1000 stack=2 s{seed}" for seed in (4, 7)]
+    assert [outcome["name"] for outcome in outcomes] == [f"baseline epochs=1 batch_size=1000 s{seed}" for seed in (4, 7)]
     for seed, outcome in zip((4, 7), outcomes, strict=True):
         run = store.client.get_run(outcome["run_id"])
         assert (run.info.status, run.data.params["train.seed"]) == ("FINISHED", str(seed))
