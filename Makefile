@@ -4,7 +4,7 @@ EXP ?= baseline
 PORT ?= 5000
 FMNIST := .venv/bin/fmnist
 .DEFAULT_GOAL := help
-.PHONY: help setup data run show list ui report sync doctor test test-slow check bench bench-step bench-scaling bench-record soak lock clean
+.PHONY: help setup data run show list ui compare report sync doctor test test-slow test-browser check bench bench-step bench-scaling bench-record soak lock clean
 
 help:  ## print the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,7 +27,10 @@ list: setup  ## list the experiments
 ui: setup  ## MLflow on 127.0.0.1: make ui PORT=5000
 	@$(FMNIST) ui --port $(PORT)
 
-report: setup  ## reports/: figures of every run, overlays, a table; RUNS="epochs-40 baseline" for some
+compare: setup  ## compare settings with the first of them: make compare RUNS="holdout holdout-lr-0.01"
+	@$(FMNIST) compare $(RUNS)
+
+report: setup  ## reports/report.html: verdicts, curves, what changed; figures of every run; RUNS="holdout holdout-lr-0.01" for some
 	@$(FMNIST) report $(RUNS)
 
 sync: setup  ## carry runs that are only on disk into MLflow
@@ -41,6 +44,11 @@ test: data  ## the tests, some minutes
 
 test-slow: data  ## the tests that start servers, kill processes or damage stores
 	@.venv/bin/pytest -m slow
+
+test-browser: data  ## the tests of MLflow's pages and of the report in Debian's Chromium, which it installs where it may; screenshots in build/
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -y -q chromium; } || \
+		{ echo "chromium is missing; as root: apt-get install chromium" >&2; exit 2; }
+	@.venv/bin/pytest -m browser
 
 check: setup  ## lint, types, formatting, the JSON Schema of the experiments
 	@.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy && .venv/bin/python tools/schema.py

@@ -11,11 +11,13 @@ import numpy as np
 import pandas as pd
 from scipy import special, stats
 
+from fmnist import compare
+
 CLASSES = 10
 BINS = 15
 """Equal-width bins of confidence, as in Guo et al. 2017."""
 PAIRED_SEEDS = 3
-"""Runs of the same seeds are compared as pairs from this many on, as in a verdict."""
+"""From this many common seeds on runs are compared as pairs, as in a verdict."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class Predictions:
             raise ValueError("runs that were validated on different images can't be compared image by image")
         logits = np.stack([frame.filter(like="logit_").to_numpy(np.float32) for frame in kept])
         return cls(tuple(seeds), *first, special.softmax(logits, axis=2))
+
+    def __len__(self) -> int:
+        return len(self.probabilities)
 
     @cached_property
     def predicted(self) -> np.ndarray:
@@ -69,7 +74,8 @@ def flips(reference: Predictions, other: Predictions) -> pd.DataFrame:
     columns = {"index": reference.index, "label": reference.labels, "before": reference.consensus, "after": other.consensus}
     change = other.label_probability - reference.label_probability
     frame = pd.DataFrame({**columns, "gained": other.right, "change": change})
-    return frame.loc[reference.right != other.right].sort_values("change", key=np.abs, ascending=False, ignore_index=True)
+    flipped: pd.DataFrame = frame[reference.right != other.right]
+    return flipped.sort_values("change", key=np.abs, ascending=False, ignore_index=True)
 
 
 def never_right(groups: Sequence[Predictions]) -> pd.DataFrame:
@@ -79,79 +85,62 @@ def never_right(groups: Sequence[Predictions]) -> pd.DataFrame:
     agreeing = (every.predicted == every.consensus).mean(0)
     columns = {"index": every.index, "label": every.labels, "predicted": every.consensus, "agreeing": agreeing}
     frame = pd.DataFrame({**columns, "probability": every.label_probability})
-    return frame.loc[(every.predicted != every.labels).all(0)].sort_values("probability", ignore_index=True)
+    wrong: pd.DataFrame = frame[(every.predicted != every.labels).all(0)]
+    return wrong.sort_values("probability", ignore_index=True)
 
 
 def confusion(group: Predictions) -> np.ndarray:
     """[C, C] how often each true class (rows) was taken for each class, the mean over the runs."""
     cells = CLASSES * np.broadcast_to(group.labels, group.predicted.shape) + group.predicted
-    return np.bincount(cells.ravel(), minlength=CLASSES**2).reshape(CLASSES, CLASSES) / len(group.predicted)
+    return np.bincount(cells.ravel(), minlength=CLASSES**2).reshape(CLASSES, CLASSES) / len(group)
 
 
 # ---- per-class metrics
+
+
+METRICS = ("accuracy", "precision", "recall", "F1")
 
 
 def per_class(reference: Predictions, other: Predictions) -> pd.DataFrame:
     """Accuracy (one class against the rest), precision, recall and F1 of each class: a row per class and metric, with columns reference,
     other, difference, low, high.
 
-    The 95 % interval is that of a verdict, over new seeds and new images: t with the variance of the seeds' values plus that of the images,
-    two-way random effects (Searle, Casella & McCulloch, Variance Components, 1992), on the linearised ratios (Cochran, Sampling Techniques,
-    1977, ch. 6). With one run in a group it is over new images only.
+    The 95 % interval is a verdict's (compare.paired, compare.unpaired), over new seeds and new images, of the linearised ratios (Cochran,
+    Sampling Techniques, 1977, ch. 6); with one run in a group it is over new images only. There are 40 of them: two miss by chance.
     """
     common = [seed for seed in reference.seeds if seed in other.seeds]
     frames = []
     for metric, before, after in zip(METRICS, _contributions(reference), _contributions(other), strict=True):
-        parts = [after, -before]
-        if len(common) >= PAIRED_SEEDS:
-            parts = [after[[other.seeds.index(seed) for seed in common]] - before[[reference.seeds.index(seed) for seed in common]]]
-        difference, low, high = _interval(parts)
-        columns = {"reference": before.mean((0, 1)), "other": after.mean((0, 1)), "difference": difference, "low": low, "high": high}
+        low, high = _interval(before, after, [[group.seeds.index(seed) for seed in common] for group in (reference, other)])
+        columns = {"reference": before.mean((1, 2)), "other": after.mean((1, 2)), "difference": (low + high) / 2, "low": low, "high": high}
         frames.append(pd.DataFrame({"class": np.arange(CLASSES), "metric": metric, **columns}))
     return pd.concat(frames).sort_values("class", kind="stable").set_index(["class", "metric"])
 
 
-METRICS = ("accuracy", "precision", "recall", "F1")
+def _interval(before: np.ndarray, after: np.ndarray, common: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The ends [C] of the interval of after - before, each [C, n, N]; `common` are the places of the seeds that both have."""
+    if len(common[0]) >= PAIRED_SEEDS:
+        return compare.paired(before[:, common[0]], after[:, common[1]]).interval
+    if min(before.shape[1], after.shape[1]) > 1:
+        return compare.unpaired(before, after).interval
+    images = after.mean(1) - before.mean(1)
+    half = stats.norm.isf(0.025) * images.std(1, ddof=1) / np.sqrt(images.shape[1])
+    return images.mean(1) - half, images.mean(1) + half
 
 
 def _contributions(group: Predictions) -> Iterator[np.ndarray]:
-    """For each of METRICS [n, N, C]: what each image adds, such that a run's mean over the images is its value of the metric.
+    """For each of METRICS [C, n, N]: what each image adds, such that a run's mean over the images is its value of the metric.
 
     Each is a ratio of two sums over the images, Σa / Σb = R; an image's linearised share in it is R + (a - R b) / mean(b).
     """
-    true, predicted = np.eye(CLASSES)[group.labels], np.eye(CLASSES)[group.predicted]
+    classes = np.arange(CLASSES)[:, None, None]
+    predicted = (group.predicted == classes).astype(float)
+    true = np.broadcast_to(group.labels == classes, predicted.shape).astype(float)
     hit = true * predicted
-    ratios = (
-        (1 - np.abs(true - predicted), np.ones_like(hit)),
-        (hit, predicted),
-        (hit, np.broadcast_to(true, hit.shape)),
-        (2 * hit, true + predicted),
-    )
-    for above, below in ratios:
-        mean = np.maximum(below.mean(1, keepdims=True), 1e-12)  # a class that is never predicted: 0, as in scikit-learn
-        ratio = above.mean(1, keepdims=True) / mean
+    for above, below in ((1 - np.abs(true - predicted), np.ones_like(hit)), (hit, predicted), (hit, true), (2 * hit, true + predicted)):
+        mean = np.maximum(below.mean(2, keepdims=True), 1e-12)  # a class that is never predicted: 0, as in scikit-learn
+        ratio = above.mean(2, keepdims=True) / mean
         yield ratio + (above - ratio * below) / mean
-
-
-def _interval(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The mean [C], and the ends of its 95 % interval, of the sum of independent samples of runs, each [n, N, C], on the same images."""
-    by_image = sum(part.mean(0) for part in parts)
-    mean, images = by_image.mean(0), by_image.var(0, ddof=1) / len(by_image)
-    if min(map(len, parts)) == 1:
-        half = stats.norm.ppf(0.975) * np.sqrt(images)
-        return mean, mean - half, mean + half
-    seeds = [part.mean(1).var(0, ddof=1) / len(part) for part in parts]
-    residual = sum(_residual_variance(part) / part[..., 0].size for part in parts)
-    variance = sum(seeds)
-    freedom = variance**2 / np.maximum(sum(term**2 / (len(part) - 1) for term, part in zip(seeds, parts, strict=True)), 1e-300)
-    half = stats.t.ppf(0.975, np.maximum(freedom, 1)) * np.sqrt(variance + np.maximum(0, images - residual))
-    return mean, mean - half, mean + half
-
-
-def _residual_variance(part: np.ndarray) -> np.ndarray:
-    """[C] mean square of what neither the run nor the image explains."""
-    residual = part - part.mean(0) - part.mean(1, keepdims=True) + part.mean((0, 1))
-    return np.asarray((residual**2).sum((0, 1)) / ((part.shape[0] - 1) * (part.shape[1] - 1)))
 
 
 # ---- calibration
@@ -167,7 +156,7 @@ class Calibration:
 def calibration(group: Predictions) -> Calibration:
     """Whether the largest probability tells how often a run is right: reliability over all runs, and each run's ECE (Guo et al., On
     Calibration of Modern Neural Networks, 2017) and NLL."""
-    n, runs = len(group.predicted), np.arange(len(group.predicted))[:, None]
+    n, runs = len(group), np.arange(len(group))[:, None]
     confidence, right = group.probabilities.max(2).astype(float), group.predicted == group.labels
     cells = BINS * runs + np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     count, sure, hits = (

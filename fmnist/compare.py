@@ -20,7 +20,9 @@ from fmnist.errors import UserError
 LEVEL, POWER = 0.05, 0.8
 MOST_SEEDS = 1_000
 """More seeds than this are not counted out: they are 'more than 1,000'."""
-PROVENANCE = {"t/torch": "torch", "t/device": "device", "t/threads": "threads", "t/git_commit": "git commit"}
+PROVENANCE = {"torch": "torch", "device": "device", "threads": "threads", "git_commit": "git commit", "git_dirty": "uncommitted changes"}
+"""Tags that the runs of a comparison should share, in words."""
+COMMIT = re.compile(r"^([0-9a-f]{8})[0-9a-f]{32}$")
 NOT_COMPARED = re.compile(r"train\.seed$|tracking\.|compute\.|name$|question$")
 UNKNOWN = "-"
 
@@ -40,6 +42,8 @@ class Group:
     """Finished and diverged runs, one per seed, by seed: rows of the runs' frame with `seed` (-1 where none is known) and `diverged`."""
     duplicates: tuple[str, ...] = ()
     """Ids of runs of a seed that has a newer finished one: listed, not counted."""
+    rerun: tuple[int, ...] = ()
+    """Seeds of which such a run diverged."""
 
     @property
     def n(self) -> int:
@@ -81,39 +85,37 @@ def groups(runs: pd.DataFrame) -> list[Group]:
     """The groups among runs (a frame of tracking.Store.runs), oldest first; interrupted, failed, pruned and running ones are left out."""
     needed = ["t/kind", "t/group", "t/seed", "p/train.seed", "t/outcome", "t/reason"]
     runs = runs.reindex(columns=runs.columns.union(needed, sort=False)).sort_values("start", kind="stable")
-    told = runs["status"].map({"FINISHED": "finished"}).astype(object)
-    told[(runs["status"] == "FAILED") & runs["t/reason"].astype(object).fillna("").str.startswith("the training loss is")] = "diverged"
-    outcome = runs["t/outcome"].astype(object).fillna(told)
-    seeds = pd.to_numeric(runs["t/seed"].astype(object).fillna(runs["p/train.seed"]), errors="coerce").fillna(-1).astype(int)
-    keys = runs["t/group"].astype(object).fillna(runs["run_id"])
+    runs = runs.astype(dict.fromkeys(needed, object))
+    told = runs["status"].map({"FINISHED": "finished"}).astype(object)  # what older runs and other programs' have no tag for
+    told[(runs["status"] == "FAILED") & runs["t/reason"].fillna("").str.startswith("the training loss is")] = "diverged"
+    outcome, key = runs["t/outcome"].fillna(told), runs["t/group"].fillna(runs["run_id"])
+    seed = pd.to_numeric(runs["t/seed"].fillna(runs["p/train.seed"]), errors="coerce").fillna(-1).astype(int)
     counted = outcome.isin(["finished", "diverged"]) & ~runs["t/kind"].isin(["group", "sweep"])
-    found = [
-        _group(str(key), rows)
-        for key, rows in runs.assign(seed=seeds, diverged=outcome == "diverged")[counted].groupby(keys[counted], sort=False)
-    ]
+    rows = runs.assign(seed=seed, diverged=outcome == "diverged")[counted]
+    found = [_group(str(name), part) for name, part in rows.groupby(key[counted], sort=False)]
     shared = Counter(group.label for group in found)
     return [replace(group, label=f"{group.label} ({group.key[:6]})") if shared[group.label] > 1 else group for group in found]
 
 
 def _group(key: str, rows: pd.DataFrame) -> Group:
     """One group's rows, oldest first: of each seed the newest finished run counts, or the newest diverged one if none finished."""
-    names = Counter(re.sub(r" s\d+$", "", str(name)) for name in rows["name"])
-    best_last = rows.sort_values("diverged", ascending=False, kind="stable")
-    members = best_last.drop_duplicates("seed", keep="last").sort_values("seed", ignore_index=True)
-    return Group(names.most_common(1)[0][0], key, members, tuple(rows.loc[~rows["run_id"].isin(members["run_id"]), "run_id"]))
+    [(label, _)] = Counter(re.sub(r" s\d+$", "", str(name)) for name in rows["name"]).most_common(1)
+    members = rows.sort_values("diverged", ascending=False, kind="stable").drop_duplicates("seed", keep="last")
+    others = rows[~rows["run_id"].isin(members["run_id"])]
+    rerun = {*others.loc[others["diverged"], "seed"]} & {*members.loc[~members["diverged"], "seed"]}
+    return Group(label, key, members.sort_values("seed", ignore_index=True), tuple(others["run_id"]), tuple(sorted(rerun)))
 
 
 def _mixtures(groups: Sequence[Group]) -> list[str]:
     members = pd.concat([group.members.assign(label=group.label) for group in groups])
-    lines = []
-    for column, name in PROVENANCE.items():
-        values = members[column].astype(object).fillna("unknown").str[:12] if column in members else pd.Series(dtype=object)
-        if values.nunique() > 1:
-            counts = members.groupby([values, "label"], sort=False).size()
-            told = (
-                f"{value} ({', '.join(f'{n} of {label}' for (_, label), n in part.items())})" for value, part in counts.groupby(level=0)
-            )
-            lines.append(f"the runs differ in {name}: {'; '.join(told)}")
+    rerun = [group for group in groups if group.rerun]
+    lines = [f"{group.label}: of seeds {_listed(group.rerun)} another run diverged; the one that finished counts" for group in rerun]
+    for tag, name in PROVENANCE.items():
+        if (column := f"t/{tag}") in members:
+            counts = Counter(zip(members[column].fillna("unknown").str.replace(COMMIT, r"\1", regex=True), members["label"], strict=True))
+            values = dict.fromkeys(value for value, _ in counts)
+            told = [f"{value} ({', '.join(f'{n} of {label}' for (of, label), n in counts.items() if of == value)})" for value in values]
+            lines += [f"the runs differ in {name}: {'; '.join(told)}"] if len(values) > 1 else []
     return lines
 
 
@@ -137,13 +139,13 @@ def differing(groups: Sequence[Group]) -> pd.DataFrame:
         for path, value in specs.ExperimentSpec(name="any").flat().items()
         if value is not None and path.startswith(("data.", "train."))
     }
-    rows: dict[str, dict[str, Any]] = {}
+    rows = {}
     for group in groups:
-        known = group.members.filter(regex="^p/").bfill().iloc[0].dropna().rename(lambda column: column.removeprefix("p/")).to_dict()
+        first = group.members.filter(regex="^p/").bfill().iloc[0].dropna()
+        known = {str(column).removeprefix("p/"): value for column, value in first.items()}
         rows[group.label] = (defaults if "optimizer.type" in known else {}) | known
     table = pd.DataFrame.from_dict(rows, orient="index").fillna(UNKNOWN)
-    kept = [path for path in table if table[path].nunique() > 1 and not NOT_COMPARED.match(str(path))]
-    return table[kept]
+    return table[[path for path in table if table[path].nunique() > 1 and not NOT_COMPARED.match(str(path))]]
 
 
 def cautions(groups: Sequence[Group]) -> list[str]:
@@ -153,9 +155,7 @@ def cautions(groups: Sequence[Group]) -> list[str]:
     if on_test := _labels(members, "p/data.holdout", "null"):
         lines.append(f"validation was the test set ({on_test}): a choice made by these figures is made on it; set data.holdout")
     if selected := _labels(members, "t/weights", "best"):
-        lines.append(
-            f"the best of a run's evaluations was selected on the same images ({selected}): its accuracy is too high by that choice"
-        )
+        lines.append(f"the best evaluation was selected on the same images ({selected}): its accuracy is too high by that choice")
     for group in groups[1:]:
         changed = _changed(differing([groups[0], group]))
         if {"data.holdout", "data.split_seed"} & set(changed):
@@ -177,7 +177,7 @@ def _changed(pair: pd.DataFrame) -> list[str]:
         section = path.rpartition(".")[0]
         return UNKNOWN in set(pair[path]) and (section in pair or f"{section}.type" in pair)
 
-    return [path for path in pair if not implied(path)]
+    return [path for path in map(str, pair) if not implied(path)]
 
 
 # ---- estimates and tests
@@ -208,8 +208,10 @@ class Estimate:
     @property
     def p(self) -> Any:
         """Of the two-sided t test that belongs to the interval; 1 where nothing differs at all."""
+        # What rounding leaves of equal accuracies is no difference.
+        difference, error = np.round([np.abs(self.difference), self.error], 12)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.nan_to_num(2 * stats.t.sf(np.abs(self.difference) / self.error, self.df), nan=1.0)
+            return np.nan_to_num(2 * stats.t.sf(difference / error, self.df), nan=1.0)
 
 
 def paired(reference: np.ndarray, other: np.ndarray) -> Estimate:
@@ -285,18 +287,18 @@ def seeds_needed(
     total = float(np.sum(variances))
     rate = total**2 / float(np.sum(np.square(variances))) if total else 1.0  # degrees of freedom that a seed of each setting adds
 
-    def power(n: int, variance: float) -> float:
-        shift = detect / max(np.sqrt(variance / n + image_variance), detect / 30)  # the power is 1 long before 30, and computed no further
-        critical = stats.t.isf(level / 2, rate * (n - 1))
-        return float(stats.nct.sf(critical, rate * (n - 1), shift) + stats.nct.cdf(-critical, rate * (n - 1), shift))
+    def first(variance: float) -> int | None:
+        def power(n: int) -> float:
+            df = rate * (n - 1)
+            shift = detect / max(np.sqrt(variance / n + image_variance), detect / 30)  # the power is 1 long before 30
+            critical = stats.t.isf(level / 2, df)
+            return float(stats.nct.sf(critical, df, shift) + stats.nct.cdf(-critical, df, shift))
+
+        found = bisect_left(range(MOST_SEEDS + 1), POWER, lo=least, key=power)
+        return found if found <= MOST_SEEDS else None
 
     low, high = df / stats.chi2.isf([LEVEL / 2, 1 - LEVEL / 2], df)
-    found = [
-        bisect_left(range(MOST_SEEDS + 1), POWER, lo=least, key=lambda n, v=variance: power(n, v))
-        for variance in (total, total * low, total * high)
-    ]
-    needed, fewest, most = (n if n <= MOST_SEEDS else None for n in found)
-    return needed, fewest, most
+    return first(total), first(total * low), first(total * high)
 
 
 # ---- verdicts
@@ -431,27 +433,23 @@ def _compared(reference: Sample, other: Sample, detect: float, level: float) -> 
     if min(reference.n, other.n) < 2:
         return _single(reference, other)
     images = reference.correct is not None and other.correct is not None
-    notes = () if images else ("the interval is over new seeds alone: not all predictions are stored, so images are not in it",)
     common = tuple(sorted({*reference.seeds} & {*other.seeds}))
-    if len(common) >= 3:
-        tables = reference.table(common, images), other.table(common, images)
-        estimate, differences = paired(*tables), tables[1].mean(1) - tables[0].mean(1)
-        variances, counts = [differences.var(ddof=1)], differences * (tables[0].shape[1] if images else 1_000_000)
-        left_out = tuple(sorted({*reference.seeds} ^ {*other.seeds}))
-        found = Comparison(reference.label, other.label, "paired", (common, common), left_out, smallest_p=2.0 ** (1 - len(common)))
-        found = replace(found, sign_flip_p=sign_flip(np.rint(counts).astype(int)))
-        notes += (f"paired by seed; left out are those that only one of the two has: {_listed(left_out)}",) if left_out else ()
+    if pairs := len(common) >= 3:
+        seeds, left_out = (common, common), tuple(sorted({*reference.seeds} ^ {*other.seeds}))
     else:
-        tables = reference.table(reference.seeds, images), other.table(other.seeds, images)
-        estimate, variances = unpaired(*tables), [table.mean(1).var(ddof=1) for table in tables]
-        found = Comparison(reference.label, other.label, "unpaired", (reference.seeds, other.seeds))
-        notes += (f"not paired, which takes 3 seeds in common: there are {len(common)}",)
+        seeds, left_out = (reference.seeds, other.seeds), ()
+    tables = reference.table(seeds[0], images), other.table(seeds[1], images)
+    before, after = (table.mean(1) for table in tables)
+    estimate = paired(*tables) if pairs else unpaired(*tables)
+    variances = [(after - before).var(ddof=1)] if pairs else [before.var(ddof=1), after.var(ddof=1)]
+    needed, fewest, most = seeds_needed(variances, estimate.df, estimate.image_variance, detect, level, 3 if pairs else 2)
+    counts = np.rint((after - before) * (tables[0].shape[1] if images else 1_000_000)).astype(int) if pairs else None
     low, high = estimate.interval
-    needed, *span = seeds_needed(variances, estimate.df, estimate.image_variance, detect, level, 3 if len(common) >= 3 else 2)
-    return replace(
-        found, difference=float(estimate.difference), low=float(low), high=float(high), df=float(estimate.df), p=float(estimate.p),
-        se_seeds=float(np.sqrt(estimate.seed_variance)), se_images=float(np.sqrt(estimate.image_variance)) if images else None,
-        seeds_needed=needed, seeds_range=tuple(span), notes=notes,
+    return Comparison(
+        reference.label, other.label, "paired" if pairs else "unpaired", seeds, left_out, float(estimate.difference), float(low), float(high),
+        df=float(estimate.df), p=float(estimate.p), se_seeds=float(np.sqrt(estimate.seed_variance)),
+        se_images=float(np.sqrt(estimate.image_variance)) if images else None, seeds_needed=needed, seeds_range=(fewest, most),
+        sign_flip_p=None if counts is None else sign_flip(counts), smallest_p=2.0 ** (1 - len(common)) if pairs else None,
     )  # fmt: skip
 
 
@@ -481,7 +479,8 @@ def _single(reference: Sample, other: Sample) -> Comparison:
 
 def _told(found: Comparison, adjusted_p: float, tested: int, detect: float) -> Comparison:
     """With its verdict, which is its adjusted p-value's, in words."""
-    assert found.p is not None and found.difference is not None
+    assert found.p is not None
+    assert found.difference is not None
     verdict: Verdict = "cannot tell" if adjusted_p >= LEVEL else "better" if found.difference > 0 else "worse"
     sampled = "new seeds" if found.se_images is None else "new seeds and new images"
     seeds = f"{found.n[0]} pairs of seeds" if found.design == "paired" else f"{found.n[0]} and {found.n[1]} seeds"
@@ -491,12 +490,26 @@ def _told(found: Comparison, adjusted_p: float, tested: int, detect: float) -> C
     sentence = f"{found.other} is {verdict} than {found.reference}: {evidence}"
     if verdict == "cannot tell":
         sentence = f"cannot tell {found.other} from {found.reference}: {evidence}; {_outlook(found, tested, detect)}"
-    notes = found.notes
+    return replace(found, adjusted_p=adjusted_p, verdict=verdict, sentence=sentence, notes=_notes(found, adjusted_p, tested))
+
+
+def _notes(found: Comparison, adjusted_p: float, tested: int) -> tuple[str, ...]:
+    """What was done and left out, a line each."""
+    common, notes = len({*found.seeds[0]} & {*found.seeds[1]}), []
+    if found.se_images is None:
+        notes.append("the interval is over new seeds alone: not all predictions are stored, so images are not in it")
+    if found.left_out:
+        notes.append(f"paired by seed; left out are those that only one of the two has: {_listed(found.left_out)}")
+    if found.design == "unpaired":
+        notes.append(f"not paired, which takes 3 seeds in common: there are {common}")
+    if found.sign_flip_p is not None:
+        least = f"with {common} pairs it is at least {found.smallest_p:.2g}, and it never decides"
+        notes.append(f"exact sign flip of the pairs: {_p(found.sign_flip_p)}; {least}")
     if tested > 1:
-        notes += (f"each interval is a 95 % one by itself; the verdicts of the {tested} comparisons hold together (Holm)",)
-    if found.p < LEVEL <= adjusted_p:
-        notes += (f"the interval leaves out 0, which by chance alone one of {tested} comparisons may well do: hence no verdict",)
-    return replace(found, adjusted_p=adjusted_p, verdict=verdict, sentence=sentence, notes=notes)
+        notes.append(f"the interval is a 95 % one by itself; the verdicts of the {tested} comparisons hold together (Holm)")
+    if (found.p or 0) < LEVEL <= adjusted_p:
+        notes.append(f"the interval leaves out 0, as one of {tested} may well do by chance: hence no verdict")
+    return tuple(notes)
 
 
 def _outlook(found: Comparison, tested: int, detect: float) -> str:
@@ -514,11 +527,9 @@ def _outlook(found: Comparison, tested: int, detect: float) -> str:
 
 def _with_diverged(found: Comparison, samples: Sequence[Sample]) -> Comparison:
     """No result of a setting of which runs diverged stands without saying so."""
-    lines = tuple(
-        f"{each.label}: n = {_size(each.n + len(each.diverged), len(each.diverged))} (seeds {_listed(each.diverged)}); compared are those that finished"
-        for each in samples
-        if each.diverged
-    )
+    hit = [each for each in samples if each.diverged]
+    sizes = [f"{each.label}: n = {_size(each.n + len(each.diverged), len(each.diverged))} (seeds {_listed(each.diverged)})" for each in hit]
+    lines = tuple(f"{size}; compared are those that finished" for size in sizes)
     return replace(found, sentence=". ".join([found.sentence, *lines]), notes=(*lines, *found.notes))
 
 

@@ -2,12 +2,14 @@
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
-from fmnist import compare, experiments, plots
+from fmnist import compare, experiments
 from fmnist.compare import Group
 from fmnist.errors import StoreError, UserError
 from fmnist.journal import Point
@@ -23,9 +25,14 @@ def find(runs: pd.DataFrame, wanted: Sequence[str], root: Path) -> list[Group]:
     """
     everything = compare.groups(runs)
     found = [_find(everything, runs, text, root) for text in wanted]
-    if repeated := {group.label for group in found if sum(group.key == other.key for other in found) > 1 and group.n > 1}:
-        raise UserError(f"{', '.join(sorted(repeated))}: named twice; the same runs can't be compared with themselves")
-    return found
+    ids = Counter(run_id for group in found for run_id in group.members["run_id"])
+    if twice := [group.label for group in found if ids[group.members["run_id"].iloc[0]] > 1]:
+        raise UserError(f"{', '.join(dict.fromkeys(twice))}: named twice; the same runs can't be compared with themselves")
+    shared = Counter(group.label for group in found)
+    return [
+        replace(group, label=f"{group.label} ({group.members['run_id'].iloc[0][:6]})") if shared[group.label] > 1 else group
+        for group in found
+    ]
 
 
 def _find(everything: list[Group], runs: pd.DataFrame, text: str, root: Path) -> Group:
@@ -33,10 +40,10 @@ def _find(everything: list[Group], runs: pd.DataFrame, text: str, root: Path) ->
         key = experiments.load(text, root=root).spec.group
         if of_now := [group for group in everything if group.key == key]:
             return of_now[0]
-        older = runs[runs.get("t/experiment", pd.Series(dtype=object)) == text]
+        older = runs[runs["t/experiment"] == text] if "t/experiment" in runs else runs[:0]
         if older.empty:
             raise UserError(f"{text}: no run of it is finished yet; start some with: make run EXP={text} SEEDS=5")
-        ids = ", ".join(f"{run.run_id[:8]} ({run.name})" for run in older.rename(columns={"name": "title"}).itertuples())
+        ids = ", ".join(f"{run_id[:8]} ({name})" for run_id, name in zip(older["run_id"], older["name"], strict=True))
         raise UserError(
             f"{text}: experiments/{text}.yaml was changed since its runs; name those by id ({ids}), or make run EXP={text} SEEDS=5"
         )
@@ -45,17 +52,18 @@ def _find(everything: list[Group], runs: pd.DataFrame, text: str, root: Path) ->
     is_id = len(text) >= LEAST_OF_AN_ID
     rows = runs[runs["run_id"].map(lambda run_id: is_id and run_id.startswith(text)) | (runs["name"] == text)]
     if len(rows) == 1:
-        if single := compare.groups(rows):
-            return single[0]
+        if compare.groups(rows):
+            return alone(runs, rows["run_id"].iloc[0])
         raise UserError(f"{text!r} is run {rows['run_id'].iloc[0]}, which is {rows['status'].iloc[0]}: it has no result to compare")
     known = ", ".join(group.label for group in everything) or "none"
     raise UserError(f"{text!r} fits {len(rows)} runs; give an experiment, the start of a run's id (4 letters or more), or a group: {known}")
 
 
 def alone(runs: pd.DataFrame, run_id: str) -> Group:
-    """One finished run as a group of its own."""
-    [group] = compare.groups(runs[runs["run_id"] == run_id])
-    return group
+    """One finished or diverged run as a group of its own, by its name."""
+    row = runs[runs["run_id"] == run_id]
+    [group] = compare.groups(row)
+    return replace(group, label=str(row["name"].iloc[0]))
 
 
 def sample(store: Store, group: Group) -> compare.Sample:
@@ -72,31 +80,38 @@ def write(store: Store, key: str) -> None:
     runs = store.runs(status=None, group=key)
     for _, there in runs.groupby("experiment_id"):
         for group in compare.groups(there):
-            if group.n > 1:
+            if group.n > 1 and not store.has_group(group.members):
                 _write(store, group)
 
 
 def _write(store: Store, group: Group) -> None:
-    members, finished = group.members, group.finished
-    curves = {f"s{run.seed}": store.curves(run.run_id) for run in finished.itertuples()}
-    ended = int(members["end"].max())
-    by_step = compare.mean_curves(list(curves.values()))
-    found = [Point(str(key), value, ended, int(step)) for step, row in by_step.iterrows() for key, value in row.dropna().items()]
-    for column in finished.filter(regex="^m/(last|best|test)/"):
-        values = {"": finished[column].mean(), "_std": finished[column].std()}
-        found += [Point(f"{column[2:]}{suffix}", float(value), ended, 0) for suffix, value in values.items() if value == value]
-    shared = {column[2:]: members[column].iloc[0] for column in members.filter(regex="^p/") if members[column].nunique() == 1}
-    command = re.sub(r" --set train\.seed=\d+", "", str(members["t/command"].iloc[0]))
-    command += f" --seeds {','.join(map(str, group.seeds))},"
-    question = members["t/question"].dropna() if "t/question" in members else []
-    note = [*question[:1], "", *_in_words(group), "", f"Repeat: `{command}`"]
-    tags = {"experiment": members["t/experiment"].iloc[0], "n": group.size, "seeds": ", ".join(map(str, group.seeds)), "command": command}
+    from fmnist import plots  # matplotlib is slow to import, and only this needs it
+
+    members = group.members
+    curves = [store.curves(run_id) for run_id in group.finished["run_id"]]
+    parameters = members.filter(regex="^p/").rename(columns=lambda column: column[2:])
+    shared = {str(path): values.iloc[0] for path, values in parameters.items() if values.nunique() == 1}
+    told = {name: list(members.get(f"t/{name}", pd.Series(dtype=object)).dropna()) for name in ("experiment", "question", "command")}
+    command = [f"{re.sub(' --set train.seed=[0-9]+', '', text)} --seeds {','.join(map(str, group.seeds))}," for text in told["command"][:1]]
+    note = [*told["question"][:1], "", *_in_words(group), "", *(f"Repeat: `{text}`" for text in command)]
+    tags = {"experiment": told["experiment"][0], "n": group.size, "seeds": ", ".join(map(str, group.seeds)), "command": "".join(command)}
     with tempfile.TemporaryDirectory(prefix="fmnist-") as folder:
         figures = Path(folder) / "figures"
         figures.mkdir()
-        plots.groups({group.label: list(curves.values())}).savefig(figures / "group.png")
+        plots.groups({group.label: curves}).savefig(figures / "group.png")
         tags["mlflow.note.content"] = "\n".join(note)
-        store.replace_group(members, f"{group.label} ({group.n} seeds)", tags, shared, found, Path(folder))
+        points = _points(group, compare.mean_curves(curves))
+        store.replace_group(members, f"{group.label} ({group.n} seeds)", tags, shared, points, Path(folder))
+
+
+def _points(group: Group, by_step: pd.DataFrame) -> Iterator[Point]:
+    """Means and standard deviations at each evaluation, and of the results at the end."""
+    ended = int(group.members["end"].max())
+    for key, column in by_step.items():
+        yield from (Point(str(key), float(value), ended, step) for step, value in zip(column.index, column, strict=True) if value == value)
+    results = group.finished.filter(regex="^m/(last|best|test)/").rename(columns=lambda column: column[2:])
+    for values in (results.mean(), results.std().add_suffix("_std")):
+        yield from (Point(str(key), float(value), ended, 0) for key, value in values.dropna().items())
 
 
 def _in_words(group: Group) -> list[str]:

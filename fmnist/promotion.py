@@ -1,10 +1,14 @@
 """The champion: the registered model that others load. A run's model takes its place only if it is better beyond the noise."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fmnist import compare, groups, tracking
 from fmnist.errors import UserError
 from fmnist.tracking import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PROVENANCE = ("run_key", "fingerprint", "git_commit", "data_digest", "torch", "device", "command")
 
@@ -33,10 +37,11 @@ def promote(store: Store, text: str, because: str | None = None) -> Promotion:
             f"{run['name']} was validated on the test images, by which no model may be chosen; promote a run with data.holdout,"
             ' or say why all the same: --because "..."'
         )
-    verdict, better = ("the first champion", True) if current is None else _verdict(store, runs, current.run_id, run["run_id"])
-    lines = [verdict]
-    if not better and because is None:
-        return Promotion(None, None, [*lines, f'version {current.version} stays champion; --because "..." promotes it all the same'])
+    verdict = "the first champion"
+    if current is not None:
+        verdict, better = _verdict(store, runs, current.run_id, run["run_id"])
+        if not better and because is None:
+            return Promotion(None, None, [verdict, f'version {current.version} stays champion; --because "..." promotes it all the same'])
     provenance = {key: run[f"t/{key}"] for key in PROVENANCE if isinstance(run.get(f"t/{key}"), str)}
     tags = {**provenance, "verdict": verdict, "because": because, "replaced": current and current.version}
     accuracy = {
@@ -44,10 +49,10 @@ def promote(store: Store, text: str, because: str | None = None) -> Promotion:
     }
     about = [f"{run['name']}: " + ", ".join(f"{key} {value:.4f}" for key, value in accuracy.items()), verdict]
     version = store.register(run["run_id"], "\n\n".join([*about, f"Promoted because: {because}"] if because else about), tags)
-    return Promotion(run["run_id"], version, [*lines, f"{run['name']} is champion now: {tracking.champion_uri()} is version {version}"])
+    return Promotion(run["run_id"], version, [verdict, f"{run['name']} is champion now: {tracking.champion_uri()} is version {version}"])
 
 
-def _verdict(store: Store, runs: "compare.pd.DataFrame", champion: str, challenger: str) -> tuple[str, bool]:
+def _verdict(store: Store, runs: "pd.DataFrame", champion: str, challenger: str) -> tuple[str, bool]:
     """What a comparison of the two trained models says, and whether the challenger is better."""
     known = set(runs["run_id"])
     if champion not in known:

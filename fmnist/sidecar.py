@@ -277,7 +277,8 @@ class Carrier:
             self.store.client.log_artifacts(self.run_id, scratch)
         if final and weights:
             metrics = {key: value for key, value in final["metrics"].items() if key.startswith(("last/", "test/"))}
-            self.store.log_model(self.run_id, *self._servable(weights["parameters"]), weights["step"], metrics, final["t"])
+            about = weights["step"], metrics, final["t"], self.spec, self.environment["data_digest"]
+            self.store.log_model(self.run_id, *self._servable(weights["parameters"]), *about)
         self.store.set_tags(self.run_id, {"manifest_sha256": digest, **self._closing_tags(records, status, reason, final)})
         times = [int(record.fields["t1"] if record.kind == "train" else record.fields["t"]) for record in records]
         self.store.close_run(self.run_id, status, max(times, default=self.folder.run["started_ms"]))

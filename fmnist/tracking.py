@@ -47,6 +47,8 @@ SETTINGS = {
 BATCH = 1_000
 """MLflow's limit of metrics in a request; a point costs 80 times less so than alone."""
 PAGE = 1_000
+DIGEST = 36
+"""MLflow's limit of a dataset's digest, in characters."""
 EXPERIMENT_TAGS = {
     "mlflow.note.content": "Runs of fmnist: one MLP on Fashion-MNIST, every training step logged. Compare `val/accuracy` by step; "
     "`best/*`, `last/*` and `test/*` are single values. `group` is shared by runs that differ in their seed alone.",
@@ -60,7 +62,7 @@ INFO = {
     **{"status": "status", "start": "start_time", "end": "end_time"},
 }
 CURVES = ["train/loss", "train/accuracy", "train/lr", "val/loss", "val/accuracy"]
-REGISTERED, CHAMPION = "fmnist", "champion"
+REGISTERED, CHAMPION, MODEL_VERSIONS = "fmnist", "champion", "mlflow.modelVersions"
 DATA_URL = "https://github.com/zalandoresearch/fashion-mnist"
 
 
@@ -198,19 +200,16 @@ class Store:
             values = {path: value for path, value in spec.flat().items() if path not in ("name", "question")}
             parameters = [self.entities.Param(path, "null" if value is None else str(value)) for path, value in values.items()]
             self.client.log_batch(info.run_id, params=parameters)
-            self.client.log_inputs(info.run_id, self._datasets(spec, digest[:36]))  # the whole digest is a tag: MLflow takes 36 characters
+            self.client.log_inputs(info.run_id, self._datasets(spec, digest[:DIGEST]))  # the whole digest is a tag
         return str(info.run_id)
 
     def _datasets(self, spec: specs.ExperimentSpec, digest: str) -> list[Any]:
         from mlflow.data.http_dataset_source import HTTPDatasetSource
         from mlflow.data.meta_dataset import MetaDataset
 
-        splits = {"train": f"train-{spec.train_images}", "validation": "test"}
-        if spec.data.holdout:
-            splits |= {"validation": "train-held-out", "test": "test"}
         inputs = []
-        for context, name in splits.items():
-            dataset = MetaDataset(HTTPDatasetSource(DATA_URL), name=f"fashion-mnist-{name}", digest=digest)._to_mlflow_entity()
+        for context, name in _dataset_names(spec).items():
+            dataset = MetaDataset(HTTPDatasetSource(DATA_URL), name=name, digest=digest)._to_mlflow_entity()
             inputs.append(self.entities.DatasetInput(dataset, [self.entities.InputTag("mlflow.data.context", context)]))
         return inputs
 
@@ -232,8 +231,11 @@ class Store:
         """Set those tags of a run that are not None."""
         self.client.log_batch(run_id, tags=[self.entities.RunTag(key, value) for key, value in _texts(tags).items()])
 
-    def log_model(self, run_id: str, module: Any, example: np.ndarray, step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
-        """Log a module (see save_model) as the run's model, with the metrics it earned."""
+    def log_model(
+        self, run_id: str, module: Any, example: np.ndarray, step: int, metrics: Mapping[str, float], timestamp_ms: int,
+        spec: specs.ExperimentSpec, digest: str,
+    ) -> None:  # fmt: skip
+        """Log a module (see save_model) as the run's model, with the metrics it earned and the images that it earned them on."""
         run = self.client.get_run(run_id)
         if run.outputs and run.outputs.model_outputs:
             return  # an earlier attempt got that far
@@ -247,7 +249,10 @@ class Store:
             save_model(module, example, Path(folder) / "model", identity)
             self.client.log_model_artifacts(model_id, str(Path(folder) / "model"))
         self.client.finalize_logged_model(model_id, "READY")
-        linked = [self.entities.Metric(key, value, timestamp_ms, 0, model_id, run_id=run_id) for key, value in metrics.items()]
+        names, linked = _dataset_names(spec), []
+        for key, value in metrics.items():
+            images = names["test" if key.startswith("test/") else "validation"]
+            linked.append(self.entities.Metric(key, value, timestamp_ms, 0, model_id, images, digest[:DIGEST], run_id))
         self.client.log_batch(run_id, metrics=linked)
         self.client.log_outputs(run_id, [self.entities.LoggedModelOutput(model_id, step)])
 
@@ -264,29 +269,40 @@ class Store:
         if "reason" in self.client.get_run(run_id).data.tags:
             self.client.delete_tag(run_id, "reason")
 
+    def has_group(self, members: "pd.DataFrame") -> bool:
+        """Whether there is one group run of just these members: rows of `runs`, of one experiment and group."""
+        return [run.data.tags.get("members_sha256") for run in self._group_runs(members)] == [_members_digest(members)]
+
     def replace_group(
-        self, like: "pd.DataFrame", name: str, tags: Mapping[str, Any], parameters: Mapping[str, str], points: Iterable[Point], files: Path
+        self,
+        members: "pd.DataFrame",
+        name: str,
+        tags: Mapping[str, Any],
+        parameters: Mapping[str, str],
+        points: Iterable[Point],
+        files: Path,
     ) -> None:
-        """Make the group run of these runs, rows of `runs` of one experiment and group, and their parent; the one that was there goes.
+        """Make the group run of these members, and their parent; the one that was there goes.
 
         MLflow can't change points that it holds, so a group that has grown is another run.
         """
-        experiment, group = str(like["experiment_id"].iloc[0]), str(like["t/group"].iloc[0])
-        before = self.client.search_runs([experiment], f"tags.kind = 'group' and tags.group = '{group}'")
-        members = hashlib.sha256(" ".join(like["run_id"]).encode()).hexdigest()
-        if [run.data.tags.get("members_sha256") for run in before] == [members]:
-            return
-        kept = _texts({"kind": "group", "group": group, "mlflow.source.name": "fmnist", "mlflow.source.type": "LOCAL", **tags})
-        run_id = self.client.create_run(experiment, int(like["start"].min()), kept, name).info.run_id
+        before, identity = self._group_runs(members), {"kind": "group", "group": members["t/group"].iloc[0]}
+        made_by = {"mlflow.source.name": "fmnist", "mlflow.source.type": "LOCAL"}
+        begun = int(members["start"].min())
+        run_id = self.client.create_run(members["experiment_id"].iloc[0], begun, _texts(identity | made_by | dict(tags)), name).info.run_id
         self.client.log_batch(run_id, params=[self.entities.Param(key, value) for key, value in parameters.items()])
         self.log_points(run_id, points)
         self.client.log_artifacts(run_id, str(files))
-        self.client.set_terminated(run_id, "FINISHED", int(like["end"].max()))
-        for member in like["run_id"]:
+        self.client.set_terminated(run_id, "FINISHED", int(members["end"].max()))
+        for member in members["run_id"]:
             self.set_tags(member, {"mlflow.parentRunId": run_id})
-        self.set_tags(run_id, {"members_sha256": members})  # last: a group run without it is made again
+        self.set_tags(run_id, {"members_sha256": _members_digest(members)})  # last: a group run without it is made again
         for run in before:
             self.client.delete_run(run.info.run_id)
+
+    def _group_runs(self, members: "pd.DataFrame") -> list[Any]:
+        query = f"tags.kind = 'group' and tags.group = '{members['t/group'].iloc[0]}'"
+        return list(self.client.search_runs([members["experiment_id"].iloc[0]], query))
 
     def is_deleted(self, run_id: str) -> bool:
         """Whether the store is there and the run is not, or is deleted; raises what MLflow raises where that can't be told."""
@@ -311,12 +327,13 @@ class Store:
     @_told("the model can't be registered", "see that the run has a model and the store is there")
     def register(self, run_id: str, description: str, tags: Mapping[str, Any]) -> int:
         """Register a run's model with these tags and make it the champion; returns its version."""
-        outputs = self.client.get_run(run_id).outputs
-        model_id = outputs.model_outputs[0].model_id
+        model_id = self.client.get_run(run_id).outputs.model_outputs[0].model_id
         with contextlib.suppress(Exception):  # it is there already
             self.client.create_registered_model(REGISTERED, description="Models of fmnist; the alias `champion` is the one to load.")
-        source = self.client.get_logged_model(model_id).artifact_location
-        made = self.client.create_model_version(REGISTERED, source, run_id, _texts(tags), description=description, model_id=model_id)
+        model = self.client.get_logged_model(model_id)
+        made = self.client.create_model_version(REGISTERED, model.artifact_location, run_id, _texts(tags), description=description)
+        versions = [*json.loads(model.tags.get(MODEL_VERSIONS, "[]")), {"name": REGISTERED, "version": made.version}]
+        self.client.set_logged_model_tags(model_id, {MODEL_VERSIONS: json.dumps(versions)})  # what MLflow's pages link the two by
         self.make_champion(made.version)
         return int(made.version)
 
@@ -436,8 +453,21 @@ def the_one(runs: "pd.DataFrame", text: str) -> "pd.Series":
     return fits.iloc[0]
 
 
+def _members_digest(members: "pd.DataFrame") -> str:
+    return hashlib.sha256(" ".join(members["run_id"]).encode()).hexdigest()
+
+
 def _texts(tags: Mapping[str, Any]) -> dict[str, str]:
     return {key: str(value) for key, value in tags.items() if value is not None}
+
+
+def _dataset_names(spec: specs.ExperimentSpec) -> dict[str, str]:
+    """What each split is called in MLflow, by its context."""
+    held_out = {"validation": "fashion-mnist-train-held-out", "test": "fashion-mnist-test"}
+    return {
+        "train": f"fashion-mnist-train-{spec.train_images}",
+        **(held_out if spec.data.holdout else {"validation": "fashion-mnist-test"}),
+    }
 
 
 def save_model(module: Any, example: np.ndarray, path: Path, identity: Mapping[str, str] | None = None) -> None:

@@ -115,3 +115,38 @@ def trained(home: Path) -> int:
 
 def stored_steps(store: tracking.Store, run_id: str) -> list[int]:
     return [point.step for point in store.client.get_metric_history(run_id, "train/loss")]
+
+
+# ---- a store with groups of seeds
+
+QUICK = ("-s", "train.epochs=1", "-s", "train.batch_size=2000", "-s", "train.eval_every=10")
+HELD_OUT = (*QUICK, "-s", "data.holdout=10000")
+SLOW_LABEL = "baseline epochs=1 batch_size=2000 eval_every=10 holdout=10000"
+FAST_LABEL = f"{SLOW_LABEL} lr=0.05"
+
+
+def train(home: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    result = command(home, "run", "baseline", *arguments, "--no-sync")
+    assert result.returncode in (0, 3), result.stderr
+    return result
+
+
+def sync(home: Path) -> None:
+    from fmnist import sidecar  # scipy comes with it, and takes a second
+
+    assert not [run["error"] for run in sidecar.sync(home, lambda text: None) if run["error"]]
+    (home / "mlruns" / ".sidecar.lock").unlink()  # it holds the pid of this process, which must not be stopped as a sidecar
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with three seeds of a slow and of a fast setting, one run validated on the test images, and a seed that diverged."""
+    home = make_home(tmp_path_factory.mktemp("groups"))
+    train(home, *HELD_OUT, "--seeds", "3")
+    train(home, *HELD_OUT, "-s", "optimizer.lr=0.05", "--seeds", "0,1,2")
+    train(home, *QUICK)
+    train(home, *QUICK, "-s", "optimizer.lr=500", "-s", "optimizer.weight_decay=10", "--seeds", "2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMNIST_HOME", str(home))
+        sync(home)
+    return home

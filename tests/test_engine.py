@@ -203,7 +203,7 @@ def test_a_missing_cuda_device_is_refused() -> None:
 LONG_RUN = 300
 STACKS = {
     "sgd": [specs.SGD(lr=0.1), specs.SGD(lr=0.1), specs.SGD(lr=0.02, weight_decay=0.01)],
-    "momentum": [specs.SGD(lr=0.05, momentum=0.9), specs.SGD(lr=0.02), specs.SGD(lr=0.02, momentum=0.5, weight_decay=0.01)],
+    "momentum": [specs.SGD(lr=0.02), specs.SGD(lr=0.05, momentum=0.9), specs.SGD(lr=0.02, momentum=0.5, weight_decay=0.01)],
     "nesterov": [specs.SGD(lr=lr, momentum=momentum, nesterov=True) for lr, momentum in ((0.05, 0.9), (0.02, 0.5))],
     "adam": [specs.Adam(lr=1e-3), specs.Adam(lr=3e-3, weight_decay=0.01)],
     "adamw": [specs.AdamW(lr=1e-3), specs.AdamW(lr=3e-3, weight_decay=0.1), specs.AdamW(lr=3e-3, weight_decay=0.0)],
@@ -284,6 +284,12 @@ def test_modules_of_another_kind_are_stacked_too(dataset: data.Dataset) -> None:
 def test_specs_of_other_shapes_are_not_stacked(other: dict[str, Any], dataset: data.Dataset) -> None:
     with pytest.raises(ValueError, match="can't be trained in the same steps"):
         engine.Engine([experiment(), experiment(**other)], dataset)
+
+
+@pytest.mark.parametrize(("stack", "sizes"), [("auto", (1, engine.CUDA_STACK)), ("off", (1, 1)), (3, (3, 3))])
+def test_how_many_runs_are_a_stack_on_the_cpu_and_on_cuda(stack: int | str, sizes: tuple[int, int]) -> None:
+    assert engine.CUDA_STACK > 1
+    assert tuple(engine.stack_size(specs.Compute(stack=stack), torch.device(kind)) for kind in ("cpu", "cuda")) == sizes
 
 
 # ---- precision

@@ -24,9 +24,14 @@ ALLOWED = {
     "runner": {"experiments", "checkpoint", "data", "engine", "environment", "journal", "state", "training", "spec", "errors"},
     "verify": {"experiments", "checkpoint", "data", "engine", "environment", "journal", "spec", "errors"},
     "tracking": {"spec", "journal", "errors"},
+    "compare": {"spec", "errors"},
+    "changes": set(),
     "plots": set(),
-    "report": {"plots", "tracking", "errors"},
-    "sidecar": {"checkpoint", "data", "model", "journal", "state", "plots", "spec", "errors", "tracking"},
+    "groups": {"compare", "experiments", "journal", "plots", "tracking", "errors"},
+    "promotion": {"compare", "groups", "tracking", "errors"},
+    "report": {"changes", "compare", "experiments", "groups", "plots", "tracking", "spec", "errors"},
+    "sidecar": {"checkpoint", "data", "model", "journal", "state", "groups", "plots", "spec", "errors", "tracking"},
+    "api": {"compare", "experiments", "groups", "runner", "training", "tracking", "spec"},
     "doctor": {"data", "journal", "state", "spec", "errors", "tracking"},
     "cli": {
         "spec",
@@ -42,6 +47,8 @@ ALLOWED = {
         "report",
         "sidecar",
         "doctor",
+        "api",
+        "promotion",
     },
 }
 OUTSIDE = {

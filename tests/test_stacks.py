@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import SMALL, Fmnist, wait_for
-from test_resume import SPEC, STOPPING, experiment, in_child, save_always, send, surroundings  # noqa: F401
+from test_resume import SPEC, STOPPING, experiment, in_child, save_always, save_never, send, surroundings  # noqa: F401
 
-from fmnist import experiments, journal, runner, tracking
+from fmnist import checkpoint, experiments, journal, runner, tracking
 from fmnist import spec as specs
 from fmnist.journal import Recorded
 from fmnist.state import state_folders
@@ -49,6 +49,8 @@ def assert_alike(found: list[journal.Record], wanted: list[journal.Record]) -> N
         [last], [expected] = ([record.fields for record in some if record.kind == kind] for some in (found, wanted))
         for key in ("status", "weights", "collapsed_at", "stopped_early_at"):
             assert last.get(key) == expected.get(key)
+    for name in ("last/val_loss", "test/loss"):
+        assert ours.metrics[name] == pytest.approx(theirs.metrics[name], rel=1e-3)
 
 
 @pytest.mark.parametrize("stack", [1, 2, 3, "off", "auto"])
@@ -88,7 +90,7 @@ def test_interrupted_runs_of_a_stack_go_on_bit_for_bit(number: signal.Signals, t
     wanted = [seeded(seed) for seed in (0, 1, 2, 3)]
 
     def train(root: Path, stopped_at: int | None) -> None:
-        save_always()
+        (save_always if number == signal.SIGKILL else save_never)()  # a caught signal saves by itself
         run(root, wanted, watch=lambda training: training.step == stopped_at and send(number) and None)
 
     train_whole = run(tmp_path / "whole", wanted)
@@ -98,11 +100,49 @@ def test_interrupted_runs_of_a_stack_go_on_bit_for_bit(number: signal.Signals, t
     assert len(records(tmp_path / "cut")) == 3  # the fourth had not begun
     said: list[str] = []
     assert [outcome.status for outcome in run(tmp_path / "cut", wanted, said)] == ["FINISHED"] * 4
-    assert sum("continuing" in line for line in said) == 3
+    assert sum("at step 30 of 68" in line for line in said) == 3  # each had its checkpoint
     for (_, found), (_, expected) in zip(records(tmp_path / "cut").values(), records(tmp_path / "whole").values(), strict=True):
         for name, array in Recorded(expected).arrays.items():
             np.testing.assert_array_equal(Recorded(found).arrays[name], array)
         assert Recorded(found).metrics == Recorded(expected).metrics
+
+
+def test_runs_of_a_stack_that_stopped_at_different_steps_go_on_from_there(tmp_path: Path) -> None:
+    wanted = [seeded(seed) for seed in (0, 1, 2)]
+
+    def train() -> None:
+        save_always()
+        save = checkpoint.save
+        checkpoint.save = lambda folder, spec, state: save(folder, spec, state) if spec.train.seed != 1 or state["step"] <= 10 else None
+        run(tmp_path / "cut", wanted, watch=lambda training: training.step == 30 and send(signal.SIGKILL) and None)
+
+    assert in_child(train) == -signal.SIGKILL
+    said: list[str] = []
+    assert [outcome.status for outcome in run(tmp_path / "cut", wanted, said)] == ["FINISHED"] * 3
+    assert [line.split(" at step ")[1].split()[0] for line in said if "continuing" in line] == ["30", "10", "30"]
+    for spec, found in records(tmp_path / "cut").values():
+        assert_alike(found, alone(tmp_path / str(spec.train.seed), spec))
+
+
+def test_an_evaluation_that_one_run_of_a_stack_has_is_not_made_again(tmp_path: Path) -> None:
+    def train() -> None:
+        evaluate = Training._evaluate
+
+        def cut(training: Training) -> None:
+            if training.member == 1:
+                training.stack.trainings[0].journal.flush()
+                send(signal.SIGKILL)
+            evaluate(training)
+
+        Training._evaluate = cut
+        run(tmp_path, [seeded(0), seeded(1)])
+
+    assert in_child(train) == -signal.SIGKILL
+    before = [[record.kind for record in found].count("evaluation") for _, found in records(tmp_path).values()]
+    assert before == [1, 0]
+    assert [outcome.status for outcome in run(tmp_path, [seeded(0), seeded(1)])] == ["FINISHED"] * 2
+    for _, found in records(tmp_path).values():
+        assert [record.fields["step"] for record in found if record.kind == "evaluation"] == [0, 10, 20, 30, 40, 50, 60, 68]
 
 
 def test_a_run_of_a_stack_goes_on_alone_and_says_that_bits_may_differ(tmp_path: Path) -> None:

@@ -429,7 +429,8 @@ def test_a_model_begun_and_not_ended_is_made_whole_by_the_next_attempt(
     store = tracking.connect(place)
     experiment = store.experiment("fashion-mnist")
     run_id = store.client.create_run(experiment, tags={"kind": "run"}).info.run_id
-    arguments = (run_id, Module(), np.zeros((2, 28, 28), "uint8"), 3, {"last/val_loss": 0.5}, 1)
+    spec = experiments.load("holdout", root=place).spec
+    arguments = (run_id, Module(), np.zeros((2, 28, 28), "uint8"), 3, {"last/val_loss": 0.5, "test/loss": 0.6}, 1, spec, "0" * 64)
     with monkeypatch.context() as patch:
         patch.setattr(tracking, "save_model", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -439,7 +440,10 @@ def test_a_model_begun_and_not_ended_is_made_whole_by_the_next_attempt(
     (model,) = store.client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
     assert model.status == "READY"
     assert [output.model_id for output in store.client.get_run(run_id).outputs.model_outputs] == [model.model_id]
-    assert [(metric.key, metric.value) for metric in store.client.get_logged_model(model.model_id).metrics] == [("last/val_loss", 0.5)]
+    found = store.client.get_logged_model(model.model_id).metrics
+    assert sorted((metric.key, metric.value, metric.dataset_name) for metric in found) == [
+        ("last/val_loss", 0.5, "fashion-mnist-train-held-out"), ("test/loss", 0.6, "fashion-mnist-test"),
+    ]  # fmt: skip
 
 
 # ---- artifacts that are not what was recorded
