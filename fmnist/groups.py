@@ -94,7 +94,8 @@ def _write(store: Store, group: Group) -> None:
     told = {name: list(members.get(f"t/{name}", pd.Series(dtype=object)).dropna()) for name in ("experiment", "question", "command")}
     command = [f"{re.sub(' --set train.seed=[0-9]+', '', text)} --seeds {','.join(map(str, group.seeds))}," for text in told["command"][:1]]
     note = [*told["question"][:1], "", *_in_words(group), "", *(f"Repeat: `{text}`" for text in command)]
-    tags = {"experiment": told["experiment"][0], "n": group.size, "seeds": ", ".join(map(str, group.seeds)), "command": "".join(command)}
+    tags = {"experiment": told["experiment"][0], "command": "".join(command), "n": group.size, "seeds": ", ".join(map(str, group.seeds))}
+    tags["outcome"] = "diverged" if group.finished.empty else "finished"
     with tempfile.TemporaryDirectory(prefix="fmnist-") as folder:
         figures = Path(folder) / "figures"
         figures.mkdir()
@@ -109,7 +110,7 @@ def _points(group: Group, by_step: pd.DataFrame) -> Iterator[Point]:
     ended = int(group.members["end"].max())
     for key, column in by_step.items():
         yield from (Point(str(key), float(value), ended, step) for step, value in zip(column.index, column, strict=True) if value == value)
-    results = group.finished.filter(regex="^m/(last|best|test)/").rename(columns=lambda column: column[2:])
+    results = group.finished.filter(regex="^m/(last/|test/|best/val)").rename(columns=lambda column: column[2:])
     for values in (results.mean(), results.std().add_suffix("_std")):
         yield from (Point(str(key), float(value), ended, 0) for key, value in values.dropna().items())
 

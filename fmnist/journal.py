@@ -143,7 +143,7 @@ def points(spec: specs.ExperimentSpec, record: Record) -> Iterator[Point]:
                 for name in ("loss", "accuracy"):
                     yield Point(f"train/{name}", float(record.arrays[name][step - first]), int(times[step - first]), step)
         case "evaluation":
-            for key in ("val/loss", "val/accuracy", "train/lr", "epoch"):
+            for key in ("val/accuracy", "val/loss", "train/lr", "epoch"):  # MLflow compares by the first one
                 if fields[key] is not None:
                     yield Point(key, fields[key], fields["t"], fields["step"])
         case "final":

@@ -273,13 +273,14 @@ class Carrier:
         with tempfile.TemporaryDirectory(prefix="fmnist-") as scratch:
             if end.get("traceback"):
                 Path(scratch, "traceback.txt").write_text(end["traceback"], encoding="utf-8")
-            digest = self._lay_out(Path(scratch), records, predictions)
+            manifest = self._lay_out(Path(scratch), records, predictions)
             self.store.client.log_artifacts(self.run_id, scratch)
         if final and weights:
             metrics = {key: value for key, value in final["metrics"].items() if key.startswith(("last/", "test/"))}
-            about = weights["step"], metrics, final["t"], self.spec, self.environment["data_digest"]
-            self.store.log_model(self.run_id, *self._servable(weights["parameters"]), *about)
-        self.store.set_tags(self.run_id, {"manifest_sha256": digest, **self._closing_tags(records, status, reason, final)})
+            module, example = self._servable(weights["parameters"])
+            data = self.environment["data_digest"]
+            self.store.log_model(self.run_id, module, example, weights["step"], metrics, final["t"], self.spec, data)
+        self.store.set_tags(self.run_id, {"manifest_sha256": manifest, **self._closing_tags(records, status, reason, final)})
         times = [int(record.fields["t1"] if record.kind == "train" else record.fields["t"]) for record in records]
         self.store.close_run(self.run_id, status, max(times, default=self.folder.run["started_ms"]))
         if self.store.stale:  # all of this went into a file that is no more

@@ -56,6 +56,20 @@ EXPERIMENT_TAGS = {
     "mlflow.experiment.primaryMetric.name": "last/val_accuracy",
     "mlflow.experiment.primaryMetric.greaterIsBetter": "true",
 }
+VIEW = "results"  # of MLflow's list of runs: its own shows no metric
+VIEW_TAG = {
+    f"mlflow.sharedViewState.{VIEW}": json.dumps(
+        {
+            "selectedColumns": [
+                *(f"metrics.`{key}`" for key in ("last/val_accuracy", "last/val_accuracy_std", "last/val_loss", "test/accuracy")),
+                *(f"params.`{key}`" for key in ("optimizer.lr", "train.epochs")),
+                *(f"tags.`{key}`" for key in ("n", "outcome")),
+            ],
+            "orderByKey": "attributes.start_time",
+            "orderByAsc": False,
+        }
+    )
+}
 PATHS = "experiments.artifact_location", "runs.artifact_uri", "logged_models.artifact_location", "model_versions.storage_location"
 INFO = {
     **{"run_id": "run_id", "experiment_id": "experiment_id", "name": "run_name"},
@@ -183,10 +197,13 @@ class Store:
         """The id of an experiment, made if there is none."""
         location = (self.root / "mlruns" / "artifacts" / name).as_uri() if self.local else None
         try:
-            return str(self.client.create_experiment(name, location, EXPERIMENT_TAGS))
+            return str(self.client.create_experiment(name, location, EXPERIMENT_TAGS | VIEW_TAG))
         except Exception:  # there is one already, perhaps made by someone else this moment
             if (found := self.client.get_experiment_by_name(name)) is None:
                 raise
+            for key, value in VIEW_TAG.items():
+                if found.tags.get(key) != value:
+                    self.client.set_experiment_tag(found.experiment_id, key, value)
             return str(found.experiment_id)
 
     def create_run(
@@ -293,7 +310,8 @@ class Store:
         self.client.log_batch(run_id, params=[self.entities.Param(key, value) for key, value in parameters.items()])
         self.log_points(run_id, points)
         self.client.log_artifacts(run_id, str(files))
-        self.client.set_terminated(run_id, "FINISHED", int(members["end"].max()))
+        self.client.log_inputs(run_id, self.client.get_run(members["run_id"].iloc[0]).inputs.dataset_inputs)
+        self.client.set_terminated(run_id, "FAILED" if tags["outcome"] == "diverged" else "FINISHED", int(members["end"].max()))
         for member in members["run_id"]:
             self.set_tags(member, {"mlflow.parentRunId": run_id})
         self.set_tags(run_id, {"members_sha256": _members_digest(members)})  # last: a group run without it is made again
@@ -426,7 +444,7 @@ class Store:
         with _told(f"run {run_id}: {artifact} can't be read", "where it is lost, restore it or train again"):
             place = _place(self.client.get_run(run_id).info)
             if place is not None and (place / artifact).is_dir():
-                return Path(shutil.copytree(place / artifact, folder / artifact))
+                return Path(shutil.copytree(place / artifact, folder / artifact, dirs_exist_ok=True))
             return Path(self.client.download_artifacts(run_id, artifact, str(folder)))
 
 
@@ -445,8 +463,9 @@ def _standard_name(key: str) -> str | None:
 
 
 def the_one(runs: "pd.DataFrame", text: str) -> "pd.Series":
-    """The run among these with this name, or whose key or id begins like this; raises UserError where that isn't one."""
-    fits = runs[(runs["name"] == text) | runs["run_id"].str.startswith(text) | (runs.get("t/run_key") == text)] if len(runs) else runs
+    """The run among these with this name, experiment or key, or whose id begins like this; raises UserError where that isn't one."""
+    named = [runs[column] == text for column in ("name", "t/experiment", "t/run_key") if column in runs]
+    fits = runs[np.logical_or.reduce([runs["run_id"].str.startswith(text), *named])] if len(runs) else runs
     if len(fits) != 1:
         known = ", ".join(f"{run_id[:8]} ({name})" for run_id, name in zip(fits["run_id"], fits["name"], strict=True))
         raise UserError(f"{text!r} fits {len(fits)} runs{f'; give the id of one: {known}' if known else '; `fmnist runs` lists them'}")
@@ -493,8 +512,9 @@ def champion_uri() -> str:
 def page(experiment_id: str, run_id: str = "", port: int = 5000) -> str:
     """Where a run, or all of an experiment, is seen: on the server, or on the one that `make ui` starts."""
     server = specs.redacted(specs.tracking_server() or f"http://127.0.0.1:{port}")
+    place = f"/{run_id}?" if run_id else f"?viewStateShareKey={VIEW}&"
     # Without the type MLflow's pages open as for language models, with no run's metrics in sight.
-    return f"{server}/#/experiments/{experiment_id}/runs{f'/{run_id}' if run_id else ''}?workflowType=machine_learning"
+    return f"{server}/#/experiments/{experiment_id}/runs{place}workflowType=machine_learning"
 
 
 def server_command(root: Path, port: int) -> list[str]:

@@ -47,7 +47,7 @@ def open_page(browser: Browser, script: str = "", **options: object) -> Iterator
 
 def shoot(page: Page, name: str) -> None:
     """Keep a screenshot: build/screenshots/NAME.png."""
-    page.screenshot(path=REPOSITORY / "build" / "screenshots" / f"{name}.png")
+    page.screenshot(path=REPOSITORY / "build" / "screenshots" / f"{name}.png", animations="disabled")
 
 
 @contextlib.contextmanager

@@ -7,23 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
+from browser import chromium, shoot
 from conftest import REPOSITORY, command, make_home, stop_sidecar
+from playwright.sync_api import Browser, Page
 
 from fmnist import report as reports
 from fmnist import tracking
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="make test-browser installs playwright")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="make test-browser installs axe-playwright-python")
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-ARGUMENTS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-SCREENSHOTS = REPOSITORY / "build" / "screenshots"
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium; install the package chromium, as with apt-get install chromium"),
-]
+pytestmark = pytest.mark.browser
 TINY = ("-s", "train.epochs=1", "-s", "train.batch_size=500", "-s", "train.eval_every=20")
 
 
@@ -44,16 +36,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator["sync_api.Browser"]:
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield chromium
-        chromium.close()
+def browser() -> Iterator[Browser]:
+    with chromium() as opened:
+        yield opened
 
 
 @pytest.fixture(params=["light", "dark"])
-def page(request: pytest.FixtureRequest, browser: "sync_api.Browser", written: Path) -> Iterator["sync_api.Page"]:
+def page(request: pytest.FixtureRequest, browser: Browser, written: Path) -> Iterator[Page]:
     """The report, opened from its file; whatever the console says or the page asks of a network fails the test."""
     opened = browser.new_page(viewport={"width": 1360, "height": 900}, color_scheme=request.param)
     said: list[str] = []
@@ -62,30 +51,31 @@ def page(request: pytest.FixtureRequest, browser: "sync_api.Browser", written: P
     opened.on("request", lambda asked: said.append(asked.url) if not asked.url.startswith(("file:", "data:")) else None)
     opened.goto(written.as_uri())
     yield opened
-    opened.screenshot(path=SCREENSHOTS / f"{request.node.originalname}-{request.param}.png")
+    shoot(opened, f"report-{request.node.originalname.removeprefix('test_')}-{request.param}")
     opened.close()
     assert said == []
 
 
-def column(page: "sync_api.Page", number: int) -> list[str]:
+def column(page: Page, number: int) -> list[str]:
     return page.locator("section[aria-labelledby=runs] tbody tr").evaluate_all(f"rows => rows.map(row => row.cells[{number}].textContent)")
 
 
-def test_report_opens_and_passes_the_accessibility_checks(page: "sync_api.Page") -> None:
+def test_report_opens_and_passes_the_accessibility_checks(page: Page) -> None:
     assert page.locator("h1").inner_text() == "3 settings compared, 7 runs"
     page.locator("details").evaluate_all("all => all.forEach(each => { each.open = true })")
-    found = axe.Axe().run(page)
+    found = Axe().run(page)
     assert len(found.response["passes"]) > 20
     assert found.violations_count == 0, found.generate_report()
-    page.screenshot(path=SCREENSHOTS / "report-whole.png", full_page=True)
+    page.set_viewport_size({"width": 1360, "height": page.evaluate("document.documentElement.scrollHeight")})
+    shoot(page, "report-whole")
 
 
-def test_colours_follow_the_scheme(page: "sync_api.Page", request: pytest.FixtureRequest) -> None:
+def test_colours_follow_the_scheme(page: Page, request: pytest.FixtureRequest) -> None:
     brightness = sum(map(int, re.findall(r"\d+", page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor"))[:3])) / 3
     assert brightness > 240 if "light" in request.node.name else brightness < 40
 
 
-def test_table_sorts_by_click_and_by_keyboard(page: "sync_api.Page") -> None:
+def test_table_sorts_by_click_and_by_keyboard(page: Page) -> None:
     head = page.locator("section[aria-labelledby=runs] th", has_text="last val acc")
     number = head.evaluate("head => head.cellIndex")
     unsorted = column(page, number)
@@ -106,7 +96,7 @@ def test_table_sorts_by_click_and_by_keyboard(page: "sync_api.Page") -> None:
     page.locator("#runs").scroll_into_view_if_needed()
 
 
-def test_curves_show_values_under_the_pointer_and_by_keyboard(page: "sync_api.Page") -> None:
+def test_curves_show_values_under_the_pointer_and_by_keyboard(page: Page) -> None:
     drawn = json.loads(page.locator("#data").text_content())
     last = [f"{group['val/accuracy']['mean']['value'][-1]:.4f}" for group in drawn]
     first = [f"{group['val/accuracy']['mean']['value'][0]:.4f}" for group in drawn]
@@ -119,7 +109,7 @@ def test_curves_show_values_under_the_pointer_and_by_keyboard(page: "sync_api.Pa
     tip = page.locator(".tip")
     assert all(value in tip.inner_text() for value in first)
     assert [cell.split(" ")[0] for cell in cells.all_inner_texts()] == first
-    page.screenshot(path=SCREENSHOTS / "hover.png")
+    shoot(page, "report-hover")
     page.mouse.move(2, 2)
     assert tip.count() == 0
     slider = page.get_by_role("slider")
@@ -130,7 +120,7 @@ def test_curves_show_values_under_the_pointer_and_by_keyboard(page: "sync_api.Pa
     assert slider.get_attribute("aria-valuetext") == "step 0"
 
 
-def test_axis_is_switched_and_settings_are_hidden(page: "sync_api.Page") -> None:
+def test_axis_is_switched_and_settings_are_hidden(page: Page) -> None:
     chart = page.locator("[data-metric='train/loss']")
     ends = {"step": "step 100", "epoch": "epoch 1", "examples": "examples 50,000"}
     for axis in ("step", "epoch", "examples", "seconds"):
@@ -147,7 +137,7 @@ def test_axis_is_switched_and_settings_are_hidden(page: "sync_api.Page") -> None
     assert (button.get_attribute("aria-pressed"), chart.locator("path").count()) == ("true", lines)
 
 
-def test_everything_is_reached_by_the_keyboard(page: "sync_api.Page") -> None:
+def test_everything_is_reached_by_the_keyboard(page: Page) -> None:
     seen = []
     for _ in range(400):
         page.keyboard.press("Tab")
@@ -158,7 +148,7 @@ def test_everything_is_reached_by_the_keyboard(page: "sync_api.Page") -> None:
     assert any(text.startswith("fmnist run") for text in seen)
 
 
-def test_paper_is_light_and_whole(browser: "sync_api.Browser", written: Path) -> None:
+def test_paper_is_light_and_whole(browser: Browser, written: Path) -> None:
     page = browser.new_page(color_scheme="dark")
     page.goto(written.as_uri())
     page.emulate_media(media="print", color_scheme="dark")
@@ -166,16 +156,16 @@ def test_paper_is_light_and_whole(browser: "sync_api.Browser", written: Path) ->
     assert not page.locator(".controls").is_visible()
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator("details:not([open])").count() == 0
-    content = page.pdf(path=SCREENSHOTS / "report.pdf", format="A4")
+    content = page.pdf(path=REPOSITORY / "build" / "screenshots" / "report.pdf", format="A4")
     assert content.startswith(b"%PDF")
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator("details:not([open])").count() > 0
     page.close()
 
 
-def test_narrow_screen_scrolls_tables_and_not_the_page(browser: "sync_api.Browser", written: Path) -> None:
+def test_narrow_screen_scrolls_tables_and_not_the_page(browser: Browser, written: Path) -> None:
     page = browser.new_page(viewport={"width": 400, "height": 800})
     page.goto(written.as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
-    page.screenshot(path=SCREENSHOTS / "narrow.png")
+    shoot(page, "report-narrow")
     page.close()

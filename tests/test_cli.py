@@ -19,7 +19,7 @@ from fmnist import spec as specs
 
 PACKAGE = Path(specs.__file__).parent
 NAMES = experiments.names(PACKAGE.parent)
-COMMANDS = ["run", "extend", "verify", "show", "list", "doctor", "data", "sync", "report", "ui"]
+COMMANDS = ["run", "extend", "verify", "show", "list", "runs", "compare", "promote", "doctor", "data", "sync", "report", "ui"]
 PLAN = {
     "training_images": 60_000,
     "validation_images": 10_000,

@@ -220,11 +220,9 @@ def test_report_draws_and_tells_the_differences(recorded: Recorded) -> None:
     }  # fmt: skip
     assert first["last val acc"] == f"{recorded.first['metrics']['last/val_accuracy']:.4f}"
     assert {Path(file).name for file in written["files"]} == {
-        "learning_curves.png",
-        "confusion_matrix.png",
-        "overlay.png",
-        "runs.md",
-        "runs.png",
+        *("learning_curves.png", "confusion_matrix.png", "runs.md", "report.html"),
+        *("overlay.png", "overlay_epoch.png", "overlay_examples.png", "overlay_seconds.png"),
+        *("confusion_difference.png", "reliability.png", "reliability_2.png"),  # of two sets of validation images
     }
     assert all(Path(file).stat().st_size > 0 for file in written["files"])
     assert any("test images" in note for note in written["notes"])
@@ -247,7 +245,8 @@ def test_verify_finds_the_same_bits_and_names_what_differs(recorded: Recorded) -
     assert "60 steps, 2 evaluations trained again\nequal, bit for bit" in part.stdout
     several = command(recorded.home, "verify", "baseline")
     assert (several.returncode, len(several.stderr.splitlines())) == (2, 1)
-    assert f"fits 2 runs; give the id of one: {recorded.first['run_id']}, {recorded.again['run_id']}" in several.stderr
+    one, other = (f"{run['run_id'][:8]} ({run['name']})" for run in (recorded.first, recorded.again))
+    assert f"fits 2 runs; give the id of one: {one}, {other}" in several.stderr
 
 
 @pytest.mark.slow

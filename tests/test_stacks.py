@@ -124,27 +124,6 @@ def test_runs_of_a_stack_that_stopped_at_different_steps_go_on_from_there(tmp_pa
         assert_alike(found, alone(tmp_path / str(spec.train.seed), spec))
 
 
-def test_an_evaluation_that_one_run_of_a_stack_has_is_not_made_again(tmp_path: Path) -> None:
-    def train() -> None:
-        evaluate = Training._evaluate
-
-        def cut(training: Training) -> None:
-            if training.member == 1:
-                training.stack.trainings[0].journal.flush()
-                send(signal.SIGKILL)
-            evaluate(training)
-
-        Training._evaluate = cut
-        run(tmp_path, [seeded(0), seeded(1)])
-
-    assert in_child(train) == -signal.SIGKILL
-    before = [[record.kind for record in found].count("evaluation") for _, found in records(tmp_path).values()]
-    assert before == [1, 0]
-    assert [outcome.status for outcome in run(tmp_path, [seeded(0), seeded(1)])] == ["FINISHED"] * 2
-    for _, found in records(tmp_path).values():
-        assert [record.fields["step"] for record in found if record.kind == "evaluation"] == [0, 10, 20, 30, 40, 50, 60, 68]
-
-
 def test_a_run_of_a_stack_goes_on_alone_and_says_that_bits_may_differ(tmp_path: Path) -> None:
     def train() -> None:
         save_always()
