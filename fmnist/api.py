@@ -30,13 +30,12 @@ class Compared:
 
     def __str__(self) -> str:
         lines = [f"{group.label}: validation accuracy after the last step {group.stated()}" for group in self.groups]
-        lines += [self.differing.to_string(), ""] if len(self.differing.columns) else []
+        lines += [self.differing.to_string()] if len(self.differing.columns) else []
+        shared = set.intersection(*({*comparison.notes} for comparison in self.comparisons)) if len(self.comparisons) > 1 else set()
         for comparison in self.comparisons:
-            lines += [comparison.sentence, *(f"  note: {note}" for note in comparison.notes)]
-            if comparison.sign_flip_p is not None:
-                least = f"with so few pairs it can't be below {comparison.smallest_p:.2g}"
-                lines.append(f"  exact sign-flip p = {comparison.sign_flip_p:.2g} ({least}; it decides nothing)")
-        return "\n".join([*lines, *(f"caution: {caution}" for caution in self.cautions)])
+            lines += ["", comparison.sentence, *(f"  note: {note}" for note in comparison.notes if note not in shared)]
+        remarks = [note for note in self.comparisons[0].notes if note in shared] + self.cautions
+        return "\n".join([*lines, "", *(f"note: {remark}" for remark in remarks)]).rstrip()
 
 
 def run(

@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -461,7 +462,7 @@ def _single(reference: Sample, other: Sample) -> Comparison:
     if not few.n:
         sentence = f"cannot tell: {few.label} has no finished run with a validation accuracy; see its runs, then train it again"
     elif many.n > 1:
-        seeds = _listed(many.seeds, ",")
+        seeds = ",".join(map(str, many.seeds))
         sentence = f"cannot tell: {few.label} has one seed, and how far seeds move it is not known ({shown}); train it with SEEDS={seeds}"
     else:
         sentence = f"two trained models: {shown}"
@@ -537,5 +538,7 @@ def _p(p: float) -> str:
     return f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
 
 
-def _listed(seeds: Sequence[int], separator: str = ", ") -> str:
-    return separator.join(map(str, seeds))
+def _listed(seeds: Sequence[int]) -> str:
+    """Numbers in ascending order, three or more in a row by their ends: '3, 7 to 9'."""
+    rows = [[seed for _, seed in row] for _, row in groupby(enumerate(seeds), lambda place: place[1] - place[0])]
+    return ", ".join(f"{row[0]} to {row[-1]}" if len(row) > 2 else ", ".join(map(str, row)) for row in rows)

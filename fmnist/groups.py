@@ -75,8 +75,8 @@ def sample(store: Store, group: Group) -> compare.Sample:
     return compare.Sample.of(group, group.finished["seed"].tolist(), predictions)
 
 
-def write(store: Store, key: str) -> None:
-    """Write the run of a group, once it has two seeds, in each experiment that holds some of it: means and spreads of its members."""
+def write(store: Store, key: str | None = None) -> None:
+    """Write the run of a group, or of each, once it has two seeds, in each experiment that holds some of it: its members' means and spreads."""
     runs = store.runs(status=None, group=key)
     for _, there in runs.groupby("experiment_id"):
         for group in compare.groups(there):

@@ -104,12 +104,12 @@ def _complain(text: str) -> None:
     print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}", flush=True)
 
 
-def _regroup(store: tracking.Store, key: str) -> None:
-    """Write the runs of a group anew; what fails only delays it to the next change: everything in it is derived."""
+def _regroup(store: tracking.Store, key: str | None) -> None:
+    """Write the runs of a group, or of all, that are behind; what fails is only put off, since everything in them is derived."""
     try:
         groups.write(store, key)
     except Exception as error:
-        _complain(f"group {key[:8]}: {redacted(' '.join(repr(error).split())[:300])}")
+        _complain(f"groups: {redacted(' '.join(repr(error).split())[:300])}")
 
 
 def _settled(folder: StateFolder) -> bool:
@@ -131,12 +131,14 @@ def _report(folder: StateFolder, error: Exception) -> str:
 
 
 def sync(root: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Carry every run that is meant for this store or for none yet, now, in place of a sidecar that may be at work."""
-    results, grown = list[dict[str, Any]](), set[str]()
-    if all(_settled(folder) for folder in state_folders(root)):
+    """Carry every run that is meant for this store or for none yet, now, in place of a sidecar that may be at work; then see to the groups."""
+    results: list[dict[str, Any]] = []
+    if all(_settled(folder) for folder in state_folders(root)) and not tracking.exists(root):
         return results
     lock = carrier_lock(root, store_name())
-    with contextlib.suppress(ValueError, ProcessLookupError):  # it may be ended at any moment, and would idle on for a while
+    with contextlib.suppress(
+        FileNotFoundError, ValueError, ProcessLookupError
+    ):  # it may be ended at any moment, and would idle on for a while
         if is_locked(lock):
             os.kill(int(lock.read_text()), signal.SIGTERM)
     with _sole_carrier(root, wait=True):
@@ -145,24 +147,25 @@ def sync(root: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
         for folder in state_folders(root):
             if folder.run["store"] not in (None, store_name()):
                 say(f"{folder.path.name}: is for {folder.run['store']}; set or unset MLFLOW_TRACKING_URI accordingly and sync again")
-                continue
-            if _settled(folder):
-                continue
-            result: dict[str, Any] = {"key": folder.path.name, "run_id": None, "status": "RUNNING", "error": None}
-            try:
-                carrier = Carrier(folder, store)
-                while not _settled(folder) and carrier.advance():
-                    pass
-                result |= {"run_id": carrier.run_id, "status": carrier.closed or "RUNNING"}
-                grown |= {carrier.spec.group}
-                say(f"{folder.path.name}: {carrier.closed or 'still running; what there is so far is stored'}")
-            except Exception as error:  # one run's trouble is not the others'
-                result["error"] = _report(folder, error)
-                say(f"{folder.path.name}: not stored yet, it stays on disk: {result['error']}")
-            results.append(result)
-        for group in grown:
-            _regroup(store, group)
-        return results
+            elif not _settled(folder):
+                results.append(_carry_whole(folder, store, say))
+        _regroup(store, None)
+    return results
+
+
+def _carry_whole(folder: StateFolder, store: tracking.Store, say: Callable[[str], None]) -> dict[str, Any]:
+    """Carry one run as far as it goes; what came of it."""
+    result: dict[str, Any] = {"key": folder.path.name, "run_id": None, "status": "RUNNING", "error": None}
+    try:
+        carrier = Carrier(folder, store)
+        while not _settled(folder) and carrier.advance():
+            pass
+        result |= {"run_id": carrier.run_id, "status": carrier.closed or "RUNNING"}
+        say(f"{folder.path.name}: {carrier.closed or 'still running; what there is so far is stored'}")
+    except Exception as error:  # one run's trouble is not the others'
+        result["error"] = _report(folder, error)
+        say(f"{folder.path.name}: not stored yet, it stays on disk: {result['error']}")
+    return result
 
 
 class Carrier:

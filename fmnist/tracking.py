@@ -89,6 +89,11 @@ def uri(root: Path) -> str:
     return specs.tracking_server() or f"sqlite:///{database(root)}"
 
 
+def exists(root: Path) -> bool:
+    """Whether there is a store that can be asked; a server is taken to be there."""
+    return specs.tracking_server() is not None or database(root).exists()
+
+
 def connect(root: Path, create: bool = False) -> "Store":
     """Open the store; with `create` the local one is made if there is none. Raises StoreError where there is none, or none of use."""
     os.environ.update(SETTINGS)
