@@ -432,7 +432,7 @@ def report(
         Console(width=None if sys.stdout.isatty() else 200).print(table)
     rows = [dict(zip(written.columns, row, strict=True)) for row in written.rows]
     lines = [f"note: {note}" for note in written.notes]
-    lines += [f"{len(written.files)} files in {root / 'reports'}; begin with overlay.png and runs.md"]
+    lines += [f"{len(written.files)} files in {root / 'reports'}; begin with report.html"]
     _answer({"runs": rows, "files": [str(path) for path in written.files], "notes": written.notes}, lines, as_json)
 
 

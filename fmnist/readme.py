@@ -33,7 +33,7 @@ def update(root: Path, groups: Sequence[Group], notes: list[str]) -> list[Path]:
             continue
         images = f"{spec.data.holdout:,} held-out images" if spec.data.holdout else "the 10,000 test images"
         accuracy, loss = group.stated(), group.stated("last/val_loss").partition(" (n")[0]
-        rows.append(f"| `{name}` | {_changed(spec)} | {images} | {accuracy} | {loss} | `make run EXP={name}` |")
+        rows.append(f"| `{name}` | {_changed(spec)} | {images} | {accuracy} | {loss} | `make run EXP={name} SEEDS={_seeds(group)}` |")
         told = f"# Measured: accuracy {accuracy}, loss {loss} after the last step on {images}"
         told += f"; on the test images, read once, accuracy {group.stated('test/accuracy')}" if spec.data.holdout else ""
         told += f" (mean ± standard deviation over the seeds {', '.join(map(str, group.seeds))})."
@@ -45,6 +45,12 @@ def update(root: Path, groups: Sequence[Group], notes: list[str]) -> list[Path]:
     for path, content in files.items():
         path.write_text(content, encoding="utf-8")
     return list(files)
+
+
+def _seeds(group: Group) -> str:
+    """What `make run SEEDS=` takes for these."""
+    seeds = group.seeds
+    return str(group.n) if seeds == tuple(range(group.n)) else f"{','.join(map(str, seeds))}{',' * (group.n == 1)}"
 
 
 def _changed(spec: specs.ExperimentSpec) -> str:
