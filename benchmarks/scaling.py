@@ -54,10 +54,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=("epochs", "runs", "workers"), default=("epochs", "runs", "workers"))
+    parser.add_argument("--log-every", nargs="+", type=int, default=[10, 1], help="of the workers' runs")
     arguments = parser.parse_args()
     epochs: dict[int, list[Measured]] = {n: [] for n in EPOCHS if "epochs" in arguments.only}
     runs: dict[int, list[Measured]] = {n: [] for n in RUNS if "runs" in arguments.only}
-    workers: dict[tuple[int, int], list[Measured]] = {(every, n): [] for every in (10, 1) for n in (1, 2) if "workers" in arguments.only}
+    logged = arguments.log_every if "workers" in arguments.only else []
+    workers: dict[tuple[int, int], list[Measured]] = {(every, n): [] for every in logged for n in (1, 2)}
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder) / "home"
         for _ in range(arguments.repeats):
@@ -75,7 +77,7 @@ def main() -> None:
                 print(f"{n} workers, log_every {every}: {found[-1]}", flush=True)
     if epochs or runs:
         draw({"epochs, nothing to MLflow": epochs, "runs of one epoch, log_every 10": runs})
-    for every in (10, 1) if workers else ():
+    for every in logged:
         ratios = [one.seconds / two.seconds for one, two in zip(workers[every, 1], workers[every, 2], strict=True)]
         rate = {n: WORKER_RUNS * 3600 / statistics.median(one.seconds for one in workers[every, n]) for n in (1, 2)}
         print(f"log_every {every}: {rate[1]:.0f} runs an hour with one worker, {rate[2]:.0f} with two:", end=" ")

@@ -297,6 +297,19 @@ def test_thinned_curves_keep_the_extremes() -> None:
         assert drawn.loc[inside, "value"].max() == stretch.max()
 
 
+def test_mean_is_of_steps_that_all_runs_have_and_nothing_infinite_is_drawn() -> None:
+    def curves(losses: list[float]) -> pd.DataFrame:
+        frame = pd.DataFrame({"step": range(len(losses)), "epoch": 0.0, "elapsed_s": 0.0, "val/loss": losses})
+        return frame.assign(**{"val/accuracy": np.nan, "train/loss": np.nan, "train/accuracy": np.nan})
+
+    short, long, diverged = curves([3.0, 2.0]), curves([5.0, 4.0, 1.0]), curves([9.0, np.inf, np.nan])
+    drawn = plots.traces([short, long], [diverged])["val/loss"]
+    assert drawn.mean[["step", "value"]].to_numpy().tolist() == [[0, 4], [1, 3]]
+    assert drawn.mean["low"].isna().all()  # of two runs
+    assert [run["value"].tolist() for run in drawn.singles] == [[3, 2], [5, 4, 1], [9]]
+    assert plots.traces([short])["val/loss"].singles == []  # it is the mean
+
+
 def test_readme_and_experiments_are_brought_up_to_date(recorded: Recorded, tmp_path: Path) -> None:
     readme, tiny = recorded.home / "README.md", recorded.home / "experiments" / "tiny.yaml"
     before, group = tiny.read_text(), experiments.load("tiny", root=recorded.home).spec.group
