@@ -45,7 +45,8 @@ def _find(everything: list[Group], runs: pd.DataFrame, text: str, root: Path) ->
             raise UserError(f"{text}: no run of it is finished yet; start some with: make run EXP={text} SEEDS=5")
         ids = ", ".join(f"{run_id[:8]} ({name})" for run_id, name in zip(older["run_id"], older["name"], strict=True))
         raise UserError(
-            f"{text}: experiments/{text}.yaml was changed since its runs; name those by id ({ids}), or make run EXP={text} SEEDS=5"
+            f"{text}: no run of what experiments/{text}.yaml says now is finished; of other settings there are {ids}: name those by id,"
+            f" or make run EXP={text} SEEDS=5"
         )
     if named := [group for group in everything if group.label == text or group.key == text]:
         return named[0]

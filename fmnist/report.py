@@ -83,7 +83,8 @@ def write(store: Store, folder: Path, wanted: Sequence[str], update_readme: bool
     page |= {"changes": [change for family in families for change in _changes(store.root, family)]}
     page |= {"suspects": [_suspects(store.root, family) for family in families if sum(map(len, family.predictions.values())) > 1]}
     files[-1].write_text(_render(groups, traces, curves, page), encoding="utf-8")
-    return Report(columns, rows, files, notes)
+    cautions = dict.fromkeys(caution for family in families for caution in compare.cautions(family.groups))
+    return Report(columns, rows, files, [*notes, *cautions])
 
 
 # ---- what is read

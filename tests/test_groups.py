@@ -156,7 +156,7 @@ def test_a_group_is_named_by_experiment_label_or_run(place: Path) -> None:
     [
         (["holdout"], "holdout: no run of it is finished yet; start some with: make run EXP=holdout SEEDS=5"),
         (["nonsense"], "'nonsense' fits 0 runs; give an experiment, the start of a run's id (4 letters or more), or a group: baseline"),
-        (["baseline"], "baseline: experiments/baseline.yaml was changed since its runs; name those by id ("),
+        (["baseline"], "baseline: no run of what experiments/baseline.yaml says now is finished; of other settings there are "),
         ([SLOW_LABEL, SLOW_LABEL], "named twice"),
         ([SLOW_LABEL, f"{SLOW_LABEL} s0"], "named twice"),
         ([SLOW_LABEL], "a comparison needs two settings or more, given 1"),

@@ -88,8 +88,8 @@ def test_a_folder_is_whole_and_locked_until_release(store: str | None, tmp_path:
     [found] = state.state_folders(tmp_path)
     assert found.path == made.folder
     started = found.run.pop("started_ms")
-    told = {"key": made.folder.name, "name": "small lr=0.1", "fingerprint": SPEC.fingerprint, "store": store, "extends": None}
-    assert found.run == told
+    told = {"key": made.folder.name, "name": "small lr=0.1", "store": store, "extends": None}
+    assert found.run == {**told, "fingerprint": SPEC.fingerprint, "group": SPEC.group}
     assert before <= started <= state.now_ms()
     assert found.spec == SPEC
     assert json.loads((found.path / "environment.json").read_text()) == ENVIRONMENT
@@ -707,9 +707,9 @@ def test_evaluations_and_results_become_points() -> None:
     def found(record: Record) -> list[tuple[str, float, int, int]]:
         return [(point.key, point.value, point.timestamp_ms, point.step) for point in journal.points(SPEC, record)]
 
-    assert found(evaluation(3)) == [("val/loss", 5.0, 5, 3), ("val/accuracy", 0.1, 5, 3), ("train/lr", 0.01, 5, 3), ("epoch", 0.6, 5, 3)]
-    assert [key for key, *_ in found(evaluation(0, **{"train/lr": None}))] == ["val/loss", "val/accuracy", "epoch"]
-    assert np.isnan(found(evaluation(3, **{"val/loss": float("nan")}))[0][1])
+    assert found(evaluation(3)) == [("val/accuracy", 0.1, 5, 3), ("val/loss", 5.0, 5, 3), ("train/lr", 0.01, 5, 3), ("epoch", 0.6, 5, 3)]
+    assert [key for key, *_ in found(evaluation(0, **{"train/lr": None}))] == ["val/accuracy", "val/loss", "epoch"]
+    assert np.isnan(found(evaluation(3, **{"val/loss": float("nan")}))[1][1])
     assert found(Record("final", {"t": 9, "metrics": {"best/step": 3, "best/val_loss": 5.0}})) == [
         ("best/step", 3, 9, 0),
         ("best/val_loss", 5.0, 9, 0),

@@ -225,7 +225,7 @@ def test_report_draws_and_tells_the_differences(recorded: Recorded) -> None:
         *("confusion_difference.png", "reliability.png", "reliability_2.png"),  # of two sets of validation images
     }
     assert all(Path(file).stat().st_size > 0 for file in written["files"])
-    assert any("test images" in note for note in written["notes"])
+    assert any("validation was the test set" in note for note in written["notes"])
     assert (recorded.home / "reports" / "runs.md").read_text().count("\n") == 2 + 4
 
 
