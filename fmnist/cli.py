@@ -104,10 +104,10 @@ def run(
         wanted = [experiments.Resolved(folder.spec, folder.spec.name, {}, ())]
     else:
         raise UserError("EXP is missing: the name of an experiment (`fmnist list` shows them), or --resume RUN")
-    from fmnist import runner
+    from fmnist import runner, tracking
 
     def start(context: "Context") -> "list[Outcome]":
-        left = wanted if seeds is None or fresh else runner.missing(wanted, context)
+        left = wanted if seeds is None or fresh else runner.missing(wanted, tracking.recorded(root), context)
         return runner.run(left, context, fresh, folder) if left else []
 
     _train(start, no_sync, as_json, many=seeds is not None)

@@ -4,15 +4,13 @@ Nothing here computes and nothing here knows MLflow: the journal is carried ther
 """
 
 import contextlib
-import json
 import re
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -64,21 +62,13 @@ def run(wanted: Sequence[experiments.Resolved], context: Context, fresh: bool = 
     return _train([_request(resolved, context, fresh, resume) for resolved in wanted], context)
 
 
-def missing(wanted: Sequence[experiments.Resolved], context: Context) -> list[experiments.Resolved]:
-    """Those of which no run is recorded, on its way into MLflow or being trained by another process; of the others it says why."""
-    done = _recorded() | {folder.run["fingerprint"]: why for folder in state_folders(context.root) if (why := _at_hand(folder))}
+def missing(wanted: Sequence[experiments.Resolved], recorded: Mapping[str, str], context: Context) -> list[experiments.Resolved]:
+    """Those of which no run is `recorded` (tracking.recorded), on its way there or being trained elsewhere; of the others it says why."""
+    done = {**recorded, **{folder.run["fingerprint"]: why for folder in state_folders(context.root) if (why := _at_hand(folder))}}
     for resolved in wanted:
         if why := done.get(resolved.spec.fingerprint):
-            context.say(f"s{resolved.spec.train.seed}: {why}")
+            context.say(f"s{resolved.spec.train.seed}: {why} (--fresh trains it again)")
     return [resolved for resolved in wanted if resolved.spec.fingerprint not in done]
-
-
-def _recorded() -> dict[str, str]:
-    """Fingerprints of finished and diverged runs in MLflow, asked of another process: this one stays without MLflow."""
-    answer = subprocess.run([sys.executable, "-m", "fmnist", "runs", "--json"], capture_output=True, text=True)
-    found = json.loads(answer.stdout)["runs"] if answer.returncode == 0 else []  # there may be no store yet
-    counted = [run for run in found if run["outcome"] in ("finished", "diverged")]
-    return {run["fingerprint"]: f"{run['outcome']} already, as run {run['run_id'][:8]} (--fresh trains it again)" for run in counted}
 
 
 def _at_hand(folder: StateFolder) -> str | None:

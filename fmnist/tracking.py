@@ -15,6 +15,7 @@ import re
 import shlex
 import shutil
 import sqlite3
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -77,6 +78,11 @@ INFO = {
 }
 CURVES = ["train/loss", "train/accuracy", "train/lr", "val/loss", "val/accuracy"]
 REGISTERED, CHAMPION, MODEL_VERSIONS = "fmnist", "champion", "mlflow.modelVersions"
+RECORDED = """
+SELECT print.value, coalesce(outcome.value, CASE status WHEN 'FINISHED' THEN 'finished' END), run.run_uuid FROM runs AS run
+JOIN tags AS print ON print.run_uuid = run.run_uuid AND print.key = 'fingerprint'
+LEFT JOIN tags AS outcome ON outcome.run_uuid = run.run_uuid AND outcome.key = 'outcome' WHERE lifecycle_stage = 'active'
+"""
 DATA_URL = "https://github.com/zalandoresearch/fashion-mnist"
 
 
@@ -172,6 +178,21 @@ def _relocate(connection: sqlite3.Connection, here: Path) -> None:
     for table, column in (place.split(".") for place in PATHS):
         changed = f"UPDATE {table} SET {column} = :new || substr({column}, length(:old) + 1) WHERE instr({column}, :old) = 1"
         connection.executemany(changed, moves)
+
+
+def recorded(root: Path) -> dict[str, str]:
+    """Fingerprints of the runs that are finished or diverged, and what is known of each; this process stays without MLflow."""
+    if database(root).exists() and specs.tracking_server() is None:
+        with _told(f"{database(root)} can't be read", "`fmnist doctor` says more"), _sqlite(database(root)) as connection:
+            rows = connection.execute(RECORDED).fetchall()
+    elif specs.tracking_server():
+        answer = subprocess.run([sys.executable, "-m", "fmnist", "runs", "--json"], capture_output=True, text=True)
+        found = json.loads(answer.stdout)["runs"] if answer.returncode == 0 else []  # there may be none yet
+        rows = [(run["fingerprint"], run["outcome"], run["run_id"]) for run in found]
+    else:
+        rows = []
+    counted = (row for row in rows if row[1] in ("finished", "diverged"))
+    return {fingerprint: f"{outcome} already, as run {run_id[:8]}" for fingerprint, outcome, run_id in counted}
 
 
 class Store:
