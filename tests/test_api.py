@@ -14,6 +14,7 @@ from fmnist.errors import SpecError
 SHORT = "train: {epochs: 1, batch_size: 2000}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("with_store")
 def test_the_example_trains_and_compares(home: Path) -> None:
     path = home / "experiments" / "baseline.yaml"  # the parent of both

@@ -587,6 +587,7 @@ def test_cautions_name_what_would_mislead() -> None:
     assert compare.cautions([a, b]) == []  # one switch
 
 
+@pytest.mark.slow
 def test_real_runs_of_a_real_store_are_grouped_and_read(fmnist: Fmnist, home: Path) -> None:
     result = fmnist(*SMALL, "--seeds", "3")
     assert result.returncode == 0, result.stderr

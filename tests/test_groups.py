@@ -107,6 +107,7 @@ def test_a_group_run_that_was_cut_short_is_made_again(place: Path) -> None:
 # ---- seeds that are there already
 
 
+@pytest.mark.slow
 def test_only_missing_seeds_are_trained(place: Path) -> None:
     result = command(place, "run", "baseline", *HELD_OUT, "--seeds", "4", "--json")
     assert result.returncode == 0, result.stderr
@@ -127,6 +128,7 @@ def test_a_diverged_seed_is_there_and_fresh_trains_all(place: Path) -> None:
     assert command(place, "run", "baseline", *diverging, "--seeds", "2", "--fresh").stderr.count("the first that isn't finite") == 2
 
 
+@pytest.mark.slow
 def test_a_seed_that_waits_on_disk_is_there(place: Path) -> None:
     train(place, *HELD_OUT, "--seeds", "7,")
     assert "s7: on its way into MLflow from baseline-s7-" in train(place, *HELD_OUT, "--seeds", "7,").stderr
@@ -269,6 +271,7 @@ def test_what_can_not_be_promoted_is_told_in_a_line(place: Path) -> None:
     assert "no longer in the store, so nothing can be compared" in promote(store, other).lines[0]
 
 
+@pytest.mark.slow
 def test_the_command_promotes(place: Path) -> None:
     slow, fast = (members(tracking.connect(place), label)["run_id"].iloc[0] for label in (SLOW_LABEL, FAST_LABEL))
     assert json.loads(command(place, "promote", fast, "--json").stdout)["champion"] == fast
