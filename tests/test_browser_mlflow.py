@@ -86,8 +86,8 @@ def test_the_list_shows_groups_that_open_to_their_members(page: Page, link: str,
 
 def test_results_and_settings_are_columns_that_sort(page: Page, link: str, runs: pd.DataFrame) -> None:
     page.goto(link)
-    for column in (ACCURACY, f"{ACCURACY}_std", "optimizer.lr", "outcome"):  # those of the view that the link names
-        expect(page.get_by_role("columnheader", name=column, exact=True)).to_be_visible()
+    for column in (f"metrics.`{ACCURACY}`", f"metrics.`{ACCURACY}_std`", "params.`optimizer.lr`", "tags.`outcome`"):
+        expect(page.locator(f"[role=columnheader][col-id='{column}']")).to_be_visible()  # of the view that the link names
     page.get_by_test_id(f"sort-header-{ACCURACY}").click()
     best = runs["accuracy"].dropna().sort_values(ascending=False)
     top = page.locator(".ag-pinned-left-cols-container [row-index='0']")
