@@ -54,6 +54,13 @@ class Request(NamedTuple):
     begin: Callable[[dict[str, Any]], Beginning]
 
 
+class Ended(NamedTuple):
+    """What is kept of a run whose training is over: its engine's memory goes to the next."""
+
+    journal: Journal
+    outcome: Outcome
+
+
 def run(wanted: Sequence[experiments.Resolved], context: Context, fresh: bool = False, resume: StateFolder | None = None) -> list[Outcome]:
     """Train experiments on the same data, or continue their interrupted runs, and see them into MLflow.
 
@@ -146,7 +153,7 @@ def _train(requests: Sequence[Request], context: Context) -> list[Outcome]:
     _preflight(context)
     device = engines.device(first.compute, first.train.precision)
     dataset = data.load(first.data, context.root, device, context.say)
-    size, done, carrier = engines.stack_size(first.compute, device), list[Training](), None
+    size, done, carrier = engines.stack_size(first.compute, device), list[Ended](), None
     for start in range(0, len(requests), size):
         chosen = requests[start : start + size]
         if len(requests) > 1:
@@ -156,14 +163,16 @@ def _train(requests: Sequence[Request], context: Context) -> list[Outcome]:
         with _signals() as caught:
             for stack in stacks:
                 stack.train(context.watch, caught)
-        done += [training for stack in stacks for training in stack.trainings]
+        for stack in stacks:
+            done += [Ended(training.journal, training.outcome) for training in stack.trainings]
+            stack.trainings.clear()  # each holds its stack: without this circle the engine goes at once
         if caught:
             break
     _hand_over(done, carrier, context)
-    for training in done:
-        training.journal.release()
-        training.outcome.total_s = time.monotonic() - began
-    return [training.outcome for training in done]
+    for ended in done:
+        ended.journal.release()
+        ended.outcome.total_s = time.monotonic() - began
+    return [ended.outcome for ended in done]
 
 
 def _begin(requests: Sequence[Request], dataset: data.Dataset, context: Context) -> list[Stack]:
@@ -260,25 +269,25 @@ def _preflight(context: Context) -> None:
         ) from None
 
 
-def _hand_over(done: Sequence[Training], carrier: "subprocess.Popen[bytes] | None", context: Context) -> None:
+def _hand_over(done: Sequence[Ended], carrier: "subprocess.Popen[bytes] | None", context: Context) -> None:
     """Wait until the runs are in MLflow; what a carrier fails to do for long, or Ctrl-C, leaves them to a later `fmnist sync`."""
     if carrier is None:
-        for training in done:
-            training.outcome.unsynced = "--no-sync was given"
+        for ended in done:
+            ended.outcome.unsynced = "--no-sync was given"
         return
-    waiting, patience_s = [training for training in done if training.outcome.unsynced is None], CARRIER_SILENCE_S
+    waiting, patience_s = [ended for ended in done if ended.outcome.unsynced is None], CARRIER_SILENCE_S
     try:
         while waiting:
             _wait_for_carrier(context, waiting[0], carrier, patience_s)
             if waiting.pop(0).outcome.unsynced:
                 patience_s = 0.0  # the others are in the same trouble
     except KeyboardInterrupt:
-        for training in waiting:
-            training.outcome.unsynced = "interrupted while it was being stored; it goes on in the background"
+        for ended in waiting:
+            ended.outcome.unsynced = "interrupted while it was being stored; it goes on in the background"
 
 
-def _wait_for_carrier(context: Context, training: Training, carrier: "subprocess.Popen[bytes]", patience_s: float) -> None:
-    folder, end, outcome = StateFolder.at(training.journal.folder), training.journal.size, training.outcome
+def _wait_for_carrier(context: Context, ended: Ended, carrier: "subprocess.Popen[bytes]", patience_s: float) -> None:
+    folder, end, outcome = StateFolder.at(ended.journal.folder), ended.journal.size, ended.outcome
     note, told, quiet_since = folder.carried, False, time.monotonic()
     while True:
         before, note = note, folder.carried
