@@ -26,7 +26,7 @@ def promote(store: Store, text: str, because: str | None = None) -> Promotion:
     """Register a finished run's model and make it the champion, if it is right on more of the same held-out images (exact McNemar).
 
     That is a statement about two trained models, which is what is served; settings are compared over seeds. `because` promotes it
-    whatever comes out, and stands in the version. Raises UserError where the two can't be compared and no reason is given.
+    whatever comes out, and stands in the version. Raises UserError where no reason can be left out, or the run is the champion already.
     """
     runs = store.runs()
     run, current = tracking.the_one(runs, text), store.champion()
@@ -54,11 +54,13 @@ def promote(store: Store, text: str, because: str | None = None) -> Promotion:
 
 def _verdict(store: Store, runs: "pd.DataFrame", champion: str, challenger: str) -> tuple[str, bool]:
     """What a comparison of the two trained models says, and whether the challenger is better."""
-    known = set(runs["run_id"])
-    if champion not in known:
+    if champion not in set(runs["run_id"]):
         return f"the champion's run {champion[:8]} is no longer in the store, so nothing can be compared", False
     found = [groups.alone(runs, run_id) for run_id in (champion, challenger)]
-    [result] = compare.compare([groups.sample(store, group) for group in found])
+    try:
+        [result] = compare.compare([groups.sample(store, group) for group in found])
+    except UserError as error:  # other images
+        return str(error), False
     better = result.mcnemar_p is not None and result.mcnemar_p < compare.LEVEL and (result.difference or 0) > 0
     return result.sentence.partition("; one seed each")[0], better
 

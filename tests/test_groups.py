@@ -266,6 +266,9 @@ def test_what_can_not_be_promoted_is_told_in_a_line(place: Path) -> None:
     promote(store, held_out)
     assert "is the champion already, as version 1" in refused(lambda: promote(store, held_out))
     assert "is the first champion, there is none before it" in refused(lambda: roll_back(store))
+    assert "were validated on different images" in promote(store, on_test, "a drill").lines[0]  # a reason promotes it all the same
+    assert champion(store) == on_test
+    roll_back(store)
     store.client.delete_run(held_out)
     other = members(store, FAST_LABEL)["run_id"].iloc[0]
     assert "no longer in the store, so nothing can be compared" in promote(store, other).lines[0]

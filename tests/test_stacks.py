@@ -1,7 +1,9 @@
 """Several runs by one command, one after the other or in the same steps: each is what it would be alone."""
 
+import gc
 import json
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,16 @@ def test_a_run_of_a_stack_goes_on_alone_and_says_that_bits_may_differ(tmp_path: 
     [outcome] = run(tmp_path, [seeded(1, stack=1)], said)
     assert outcome.status == "FINISHED"
     assert said[1] == "it began elsewhere, so what is computed from here on may differ in its last bits: stack 3 -> 1"
+
+
+def test_an_engine_goes_when_its_runs_have_ended(tmp_path: Path) -> None:
+    engines: list[weakref.ref[Any]] = []
+    gc.disable()  # what goes now goes without the collector, which comes too late
+    try:
+        run(tmp_path, [seeded(0, stack=1), seeded(1, stack=1)], watch=lambda training: engines.append(weakref.ref(training.engine)))
+        assert [engine() for engine in engines] == [None] * len(engines)
+    finally:
+        gc.enable()
 
 
 def test_an_error_in_one_run_leaves_the_others(tmp_path: Path) -> None:
