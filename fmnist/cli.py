@@ -22,8 +22,11 @@ from fmnist.errors import FmnistError, UserError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from fmnist import sweeping
+    from fmnist.experiments import Resolved
     from fmnist.runner import Context
-    from fmnist.training import Outcome, Training
+    from fmnist.sweeping import Standing
+    from fmnist.training import Outcome
 
 app = typer.Typer(
     help="Train, record and compare runs of one small model on Fashion-MNIST.",
@@ -176,10 +179,10 @@ def _recorded(text: str, status: str | None, artifacts: "Sequence[str]") -> "Ite
 
 def _train(start: "Callable[[Context], list[Outcome]]", no_sync: bool, as_json: bool, many: bool = False) -> None:
     """Train, show how it goes, and tell how each run ended; exits with the worst of their codes."""
-    from fmnist import runner, tracking
+    from fmnist import display, runner, tracking
     from fmnist import spec as specs
 
-    with _display(as_json) as watch:
+    with display.run(as_json) as watch:
         outcomes = start(runner.Context(specs.home(), not no_sync, _tell, watch))
     for outcome in outcomes:
         if outcome.reason and not as_json:
@@ -210,26 +213,60 @@ def _told(outcome: "Outcome", link: str | None) -> "Iterator[str]":
         yield f"run {outcome.run_id}: {link}" + ("" if specs.tracking_server() else "  (after `make ui`)")
 
 
-@contextmanager
-def _display(quiet: bool) -> "Iterator[Callable[[Training], None]]":
-    """A live line of progress on a terminal, nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+# ---- sweep
 
-    columns = (MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())  # no bar: all of it fits 80 characters
-    with Progress(*columns, console=Console(stderr=True), disable=quiet or not sys.stderr.isatty()) as progress:
-        task = progress.add_task("", total=None)
 
-        def watch(training: "Training") -> None:
-            told = [f"ep {training.step / training.spec.steps_per_epoch:.1f}"]
-            if training.curves is not None:
-                told += ["loss {:.3f} acc {:.3f}".format(*(training.curves[name][-200:].mean() for name in ("loss", "accuracy")))]
-            told += ["val {1:.3f} {2:.3f}".format(*training.evaluations[-1])]
-            if training.outcome.training_s:
-                told += [f"{training.step / training.outcome.training_s:,.0f} steps/s"]
-            progress.update(task, completed=training.step, total=training.spec.steps, description=" ".join(told))
+@app.command()
+def sweep(
+    name: Annotated[str, typer.Argument(metavar="SWEEP", help="The name of a file in experiments/sweeps/.")],
+    jobs: Annotated[int | None, typer.Option(help="How many worker processes; as many as there are cores if not given.", min=1)] = None,
+    on: Annotated[str, typer.Option(metavar="local|ray", help="This machine, or a Ray cluster (the extra `ray`).")] = "local",
+    address: Annotated[str | None, typer.Option(help="Of the cluster, as Ray takes it; default: the one of RAY_ADDRESS.")] = None,
+    no_sync: NoSync = False,
+    as_json: Json = False,
+) -> None:
+    """Train what is missing of a sweep: the same command goes on with it, and several at once share it."""
+    from fmnist import display, sweeping, sweeps
+    from fmnist import spec as specs
 
-        yield watch
+    if on not in ("local", "ray") or (on == "local" and address):
+        raise UserError(
+            f"--on: given {on!r}{' with --address' if address else ''}; give local, or ray (with --address, or RAY_ADDRESS set)"
+        )
+    root = specs.home()
+    found = sweeps.load(name, root)
+
+    def start() -> "sweeping.Workers":
+        if on == "ray":
+            from fmnist import cluster
+
+            return cluster.Cluster(root, jobs, address, found.base.spec)
+        from fmnist import data, workers
+
+        data.ensure(root, _tell)
+        return workers.Pool(root, jobs or os.cpu_count() or 1, not no_sync, found.base.spec)
+
+    with display.sweep(as_json, _tell) as watch:
+        standing = sweeping.run(found, start, watch)
+    sweeping.finish(found, standing, not no_sync, _tell)
+    lines = [display.summary(standing)]
+    lines += ["interrupted; the same command goes on with it"] if standing.interrupted else []
+    rows = [
+        {"trial": number, "name": trial.name, "settings": trial.settings, "fingerprint": trial.fingerprint, **_of_trial(standing, number)}
+        for number, trial in sorted(standing.trials.items())
+    ]
+    code = 128 + standing.interrupted if standing.interrupted else 3 if standing.failed else 0
+    best = standing.best
+    _answer({"sweep": name, "total": standing.total, "best": best and best.name, "trials": rows}, lines, as_json, code)
+
+
+def _of_trial(standing: "Standing", number: int) -> dict[str, Any]:
+    result = standing.results.get(number)
+    return {
+        "outcome": result.outcome if result else "failed" if number in standing.failed else None,
+        "val_accuracy": result.accuracy if result else None,
+        "reason": standing.failed.get(number),
+    }
 
 
 # ---- show, list
@@ -237,11 +274,21 @@ def _display(quiet: bool) -> "Iterator[Callable[[Training], None]]":
 
 @app.command()
 def show(exp: Annotated[str, EXPERIMENT], overrides: Overrides = [], as_json: Json = False) -> None:
-    """Print the resolved spec, where each value comes from, and what the run would do."""
-    from fmnist import experiments
+    """Print the resolved spec, where each value comes from, and what the run would do; of a sweep its trials, what they cost, what is done."""
+    from fmnist import experiments, sweeps
     from fmnist import spec as specs
 
-    resolved = experiments.load(exp, overrides)
+    if exp in sweeps.names(specs.home()) and exp not in experiments.names(specs.home()):
+        if overrides:
+            raise UserError(f"{exp} is a sweep: what it varies stands in {sweeps.place(exp)}; --set is for experiments")
+        _show_sweep(exp, as_json)
+    else:
+        _show_experiment(experiments.load(exp, overrides), as_json)
+
+
+def _show_experiment(resolved: "Resolved", as_json: bool) -> None:
+    from fmnist import spec as specs
+
     spec = resolved.spec
     evaluations = sum(segment.evaluate for segment in specs.plan(spec))
     would = {
@@ -265,18 +312,48 @@ def show(exp: Annotated[str, EXPERIMENT], overrides: Overrides = [], as_json: Js
     _answer({"spec": spec.model_dump(mode="json"), "origins": resolved.origins, **identity, "plan": would}, lines, as_json)
 
 
+def _show_sweep(name: str, as_json: bool) -> None:
+    from fmnist import display, sweeping, sweeps, tracking
+    from fmnist import spec as specs
+
+    found = sweeps.load(name, specs.home())
+    standing = sweeping.look(found)
+    left = standing.total - len(standing.results)
+    pace = tracking.seconds_per_step(found.root, found.base.spec)
+    cost = None if pace is None else left * found.base.spec.steps * pace
+    rows = [
+        {"trial": number, "name": trial.name, "fingerprint": trial.fingerprint, **_of_trial(standing, number)}
+        for number, trial in sorted(standing.trials.items())
+    ]
+    wide = max((len(row["name"]) for row in rows), default=0)
+    lines = [
+        f"{row['trial']:>4}  {row['name']:<{wide}}  {row['fingerprint'][:8]}  {row['outcome'] or 'missing'}"
+        + ("" if row["val_accuracy"] is None else f"  val accuracy {row['val_accuracy']:.4f}")
+        for row in rows
+    ]
+    if standing.total > len(rows):
+        lines.append(f"{standing.total - len(rows)} more trials, whose settings the search picks when it gets there")
+    told = (
+        "no run of this model is recorded yet to tell by"
+        if cost is None
+        else f"about {display.duration(cost)} of one worker, less what is pruned"
+    )
+    lines += ["", display.summary(standing), f"{left} to train, {found.base.spec.steps:,} steps each or what their settings say: {told}"]
+    _answer({"sweep": name, "total": standing.total, "missing": left, "seconds": cost, "trials": rows}, lines, as_json)
+
+
 @app.command("list")
 def list_experiments(as_json: Json = False) -> None:
-    """List the experiments with their questions."""
-    from fmnist import experiments
+    """List the experiments and sweeps with their questions."""
+    from fmnist import experiments, sweeps
     from fmnist import spec as specs
 
     root = specs.home()
     _look_after(root)
-    names = experiments.names(root)
+    names, swept = experiments.names(root), sweeps.names(root)
     if not names and not as_json:
         raise UserError(f"no experiments in {root / 'experiments'}; FMNIST_HOME names the folder that holds experiments/")
-    rows, lines, wide = [], [], max(map(len, names), default=0)
+    rows, lines, wide = [], [], max(map(len, [*names, *swept]), default=0)
     for name in names:
         try:
             spec = experiments.load(name, root=root).spec
@@ -285,7 +362,15 @@ def list_experiments(as_json: Json = False) -> None:
         except UserError as error:
             rows.append({"name": name, "steps": None, "question": "", "error": str(error)})
             lines.append(f"{name:<{wide}}  BROKEN: {error}")
-    _answer({"experiments": rows}, lines, as_json)
+    found = []
+    for name in swept:
+        try:
+            found.append({"name": name, "question": sweeps.load(name, root).spec.question, "error": None})
+            lines.append(f"{name:<{wide}}  {'sweep':>15}  {found[-1]['question']}")
+        except UserError as error:
+            found.append({"name": name, "question": "", "error": str(error)})
+            lines.append(f"{name:<{wide}}  BROKEN: {error}")
+    _answer({"experiments": rows, "sweeps": found}, lines, as_json)
 
 
 # ---- runs, compare, promote

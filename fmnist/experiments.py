@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -29,6 +29,7 @@ DEFAULT_TYPES = {
 }
 """Of the sections told apart by their `type`."""
 
+Spec = TypeVar("Spec", bound=BaseModel)
 Origins = dict[str, str]
 """Dotted path to where it was written: 'experiments/baseline.yaml:4', or the override as it was typed."""
 
@@ -77,13 +78,13 @@ def load(name: str, overrides: Sequence[str] = (), root: Path | None = None) -> 
             origins = {path: place for path, place in origins.items() if not path.startswith(f"{section}.")}
         origins |= places
     overridden = tuple(path for path, _ in specs.leaves(layers[-1][0]))
-    return Resolved(_validate(tree, origins, f"experiments/{name}.yaml"), name, origins, overridden)
+    return Resolved(validate(ExperimentSpec, tree, origins, f"experiments/{name}.yaml"), name, origins, overridden)
 
 
 def parse(text: str, place: str) -> ExperimentSpec:
     """A spec that stands alone in `text`, such as a run's stored spec.yaml; raises SpecError."""
-    values, places = _read_yaml(text, place)
-    return _validate(values, places, place)
+    values, places = read_yaml(text, place)
+    return validate(ExperimentSpec, values, places, place)
 
 
 def dump(spec: ExperimentSpec) -> str:
@@ -119,14 +120,9 @@ def _file_layers(name: str, folder: Path) -> list[Layer]:
         if not file.is_file():
             known = names(folder.parent)
             there = ", ".join(known) or f"none in {folder}"
-            raise SpecError(f"{place}unknown experiment {parent!r}{_nearest(parent, known)}; there are: {there}")
+            raise SpecError(f"{place}unknown experiment {parent!r}{nearest(parent, known)}; there are: {there}")
         place = f"experiments/{file.name}"
-        try:
-            if file.stat().st_size > MAX_FILE_BYTES:
-                raise SpecError(f"{place}: {file.stat().st_size} bytes; an experiment has at most {MAX_FILE_BYTES}")
-            values, origins = _read_yaml(file.read_text(encoding="utf-8"), place)
-        except (OSError, UnicodeDecodeError) as error:
-            raise SpecError(f"{place}: can't be read: {error}") from None
+        values, origins = read_file(file, place)
         if chain:  # these two speak of one file only
             for key in ("name", "question"):
                 values.pop(key, None)
@@ -135,6 +131,16 @@ def _file_layers(name: str, folder: Path) -> list[Layer]:
         layers.insert(0, (values, origins))
         parent, place = values.pop("extends", None), f"{origins.get('extends')}: extends: "
     return layers
+
+
+def read_file(file: Path, place: str) -> Layer:
+    """Plain values and the place of each key path in a file that is called `place`; raises SpecError."""
+    try:
+        if file.stat().st_size > MAX_FILE_BYTES:
+            raise SpecError(f"{place}: {file.stat().st_size} bytes; an experiment has at most {MAX_FILE_BYTES}")
+        return read_yaml(file.read_text(encoding="utf-8"), place)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{place}: can't be read: {error}") from None
 
 
 def _override_layer(overrides: Sequence[str]) -> Layer:
@@ -148,7 +154,7 @@ def _override_layer(overrides: Sequence[str]) -> Layer:
         if keys == ["extends"]:
             raise SpecError(f"--set {override}: only a file can extend an experiment; run the parent itself, or add a file")
         nested = "\n".join(f"{' ' * depth}{json.dumps(key)}:" for depth, key in enumerate(keys))
-        written, places = _read_yaml(f"{nested} {text}", f"--set {override}", numbered=False)
+        written, places = read_yaml(f"{nested} {text}", f"--set {override}", numbered=False)
         _merge(values, written)
         origins |= places
     return values, origins
@@ -174,7 +180,7 @@ def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> list[str]:
     return changed
 
 
-def _read_yaml(text: str, place: str, numbered: bool = True) -> Layer:
+def read_yaml(text: str, place: str, numbered: bool = True) -> Layer:
     """Plain values and the place of each key path: YAML 1.2, so 1e-3 is a number; no tags, anchors or merge keys.
 
     The parsed nodes are read as they are, so that nothing is built that the text did not spell out, and every mistake has a line.
@@ -231,17 +237,18 @@ def _read_yaml(text: str, place: str, numbered: bool = True) -> Layer:
 # ---- messages
 
 
-def _validate(tree: Mapping[str, Any], origins: Origins, fallback: str) -> ExperimentSpec:
+def validate(schema: type[Spec], tree: Mapping[str, Any], origins: Origins, fallback: str) -> Spec:
+    """The spec that these values are; raises SpecError with a line for each mistake, at its origin or the `fallback`."""
     try:
-        return ExperimentSpec.model_validate(tree)
+        return schema.model_validate(tree)
     except ValidationError as error:
-        lines = (_describe(detail, origins, fallback) for detail in error.errors(include_url=False))
+        lines = (_describe(schema, detail, origins, fallback) for detail in error.errors(include_url=False))
         raise SpecError("\n".join(dict.fromkeys(lines))) from None
 
 
-def _describe(detail: Any, origins: Origins, fallback: str) -> str:
+def _describe(schema: type[BaseModel], detail: Any, origins: Origins, fallback: str) -> str:
     """One line for one of Pydantic's errors."""
-    path, sections = _locate(detail["loc"])
+    path, sections = _locate(schema, detail["loc"])
     given, message = detail["input"], detail["msg"]
     match detail["type"]:
         case "value_error":
@@ -249,40 +256,46 @@ def _describe(detail: Any, origins: Origins, fallback: str) -> str:
             if named := re.match(r"([a-z_]+\.[a-z_]+): ", text):  # a check of the whole spec names the field itself
                 path, text = named[1], text[named.end() :]
         case "extra_forbidden":
-            _, [section] = _locate(detail["loc"][:-1])
+            _, [section] = _locate(schema, detail["loc"][:-1])
             allowed = [*(["extends"] if section is ExperimentSpec else []), *section.model_fields]
-            text = f"unknown key{_nearest(path.rpartition('.')[2], allowed)}; allowed here: {', '.join(allowed)}"
+            text = f"unknown key{nearest(path.rpartition('.')[2], allowed)}; allowed here: {', '.join(allowed)}"
         case "union_tag_invalid" | "union_tag_not_found":
             path, tag = f"{path}.type", given.get("type")
             types = [section.model_fields["type"].default for section in sections]
-            text = f"given {tag!r}{_nearest(str(tag), types)}; allowed: {', '.join(types)}"
+            text = f"given {tag!r}{nearest(str(tag), types)}; allowed: {', '.join(types)}"
         case kind:
             expected = re.sub("^(Input|String) should ", "", message).replace("be a valid tuple", "be a list")
             expected = re.sub("be a valid dictionary.*", "be a mapping of fields", expected)
-            hint = _nearest(str(given), re.findall(r"'([^']+)'", message)) if kind == "literal_error" else ""
+            hint = nearest(str(given), re.findall(r"'([^']+)'", message)) if kind == "literal_error" else ""
             text = f"given {specs.shorten(given)}{hint}; it should {expected}"
     written = path
     while written and written not in origins:
         written = written.rpartition(".")[0]
-    return f"{origins.get(written, fallback)}: {path}: {text}"
+    return ": ".join(part for part in (origins.get(written, fallback), path, text) if part)
 
 
-def _locate(location: Sequence[int | str]) -> tuple[str, list[type[BaseModel]]]:
+def _locate(schema: type[BaseModel], location: Sequence[int | str]) -> tuple[str, list[type[BaseModel]]]:
     """The key path of one of Pydantic's locations, and the sections that may stand there: several where `type` tells them apart."""
     path: list[str] = []
-    sections: list[Any] = [ExperimentSpec]
+    sections: list[Any] = [schema]
+    named = False  # whether the next part is a key of a mapping, whose sections those are
     for part in location:
+        if named:
+            path.append(str(part))
+            named = False
+            continue
         if len(sections) > 1:  # Pydantic puts the type into the location, and nobody wrote that as a key
             sections = [section for section in sections if section.model_fields["type"].default == part]
             continue
         path.append(str(part))
         field = sections[0].model_fields.get(part) if sections else None
+        named = field is not None and get_origin(field.annotation) in (dict,)
         options = get_args(field.annotation) or (field.annotation,) if field else ()
         sections = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
     return _printable(".".join(path)), sections
 
 
-def _nearest(given: str, allowed: Sequence[str]) -> str:
+def nearest(given: str, allowed: Sequence[str]) -> str:
     close = difflib.get_close_matches(given, allowed, n=3, cutoff=0.6)
     return f", did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
 

@@ -1,5 +1,6 @@
 """Groups of runs in the store: named by experiment, label or id; their predictions; the MLflow run that stands for each."""
 
+import hashlib
 import re
 import tempfile
 from collections import Counter
@@ -13,7 +14,7 @@ from fmnist import compare, experiments
 from fmnist.compare import Group
 from fmnist.errors import StoreError, UserError
 from fmnist.journal import Point
-from fmnist.tracking import Store
+from fmnist.tracking import Derived, Store
 
 LEAST_OF_AN_ID = 4
 
@@ -81,11 +82,13 @@ def write(store: Store, key: str | None = None) -> None:
     runs = store.runs(status=None, group=key)
     for _, there in runs.groupby("experiment_id"):
         for group in compare.groups(there):
-            if group.n > 1 and not store.has_group(group.members):
-                _write(store, group)
+            made_from = hashlib.sha256(" ".join(group.members["run_id"]).encode()).hexdigest()
+            before = store.derived(group.members["experiment_id"].iloc[0], "group", group.key) if group.n > 1 else {}
+            if group.n > 1 and [*before.values()] != [made_from]:
+                _write(store, group, made_from)
 
 
-def _write(store: Store, group: Group) -> None:
+def _write(store: Store, group: Group, made_from: str) -> None:
     from fmnist import plots  # matplotlib is slow to import, and only this needs it
 
     members = group.members
@@ -103,7 +106,11 @@ def _write(store: Store, group: Group) -> None:
         plots.groups({group.label: curves}).savefig(figures / "group.png")
         tags["mlflow.note.content"] = "\n".join(note)
         points = _points(group, compare.mean_curves(curves))
-        store.replace_group(members, f"{group.label} ({group.n} seeds)", tags, shared, points, Path(folder))
+        new = Derived(
+            members["experiment_id"].iloc[0], "group", group.key, f"{group.label} ({group.n} seeds)", tags, shared, points, list(members["run_id"]),
+            int(members["start"].min()), int(members["end"].max()), "FAILED" if group.finished.empty else "FINISHED", made_from,
+        )  # fmt: skip
+        store.replace(new, Path(folder))
 
 
 def _points(group: Group, by_step: pd.DataFrame) -> Iterator[Point]:

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -165,9 +165,22 @@ def in_words(results: Mapping[str, Any]) -> list[str]:
         lines += ["Validation is the test set here (data.holdout: null): don't choose by it what you then report on it."]
     if (step := results["stopped_early_at"]) is not None:
         lines += [f"Stopped early at step {step:,}."]
+    if (step := results.get("pruned_at")) is not None:
+        lines += [f"Pruned at step {step:,}: a search saw that others were better by then."]
     if (step := results["collapsed_at"]) is not None:
         lines += [f"COLLAPSED: by step {step:,} it only guesses (loss about ln 10, accuracy about 0.1); try a smaller optimizer.lr."]
     return lines
+
+
+class Result(NamedTuple):
+    """What is known of a run that needs no other beside it."""
+
+    outcome: str
+    """finished, diverged, pruned, or running."""
+    where: str
+    """In words, with how it ended."""
+    accuracy: float | None = None
+    """On the validation images, after the last step."""
 
 
 def curves(spec: specs.ExperimentSpec, records: list[Record]) -> "pd.DataFrame":

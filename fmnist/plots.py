@@ -221,6 +221,30 @@ def response(parameter: str, log: bool, points: Sequence[Mapping[str, Any]]) -> 
     return figure
 
 
+def sweep(values: Mapping[str, Sequence[Any]], accuracies: pd.Series, outcomes: pd.Series, importance: Mapping[str, float]) -> Figure:
+    """Validation accuracy by each swept field, a dot per trial, those that were ended early hollow; the fields by how much they matter."""
+    paths = sorted(values, key=lambda path: -importance.get(path, 0.0))
+    columns, rows = min(3, len(paths)), -(-len(paths) // 3)
+    figure = Figure(figsize=(4.6 * columns + 0.6, 3.7 * rows + 0.3), dpi=DPI, layout="constrained")
+    finished = outcomes == "finished"
+    for axes, path in zip(figure.subplots(rows, columns, squeeze=False, sharey=True).flat, paths, strict=False):
+        numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values[path])
+        x = pd.Series(values[path] if numeric else [str(value) for value in values[path]], index=accuracies.index)
+        axes.plot(x[finished], accuracies[finished], "o", color=PALETTE[0], markersize=5, label="trained to its end")
+        if (~finished).any():
+            axes.plot(x[~finished], accuracies[~finished], "o", color=PALETTE[1], markersize=5, fillstyle="none", label="ended early")
+        if numeric and logarithmic(list(x)):
+            axes.set_xscale("log")
+        share = f", {importance[path]:.0%} of what varies" if path in importance else ""
+        axes.set(xlabel=path + share)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("validation accuracy (fraction)")
+    figure.axes[0].legend(fontsize=8)
+    for axes in figure.axes[len(paths) :]:
+        axes.set_visible(False)
+    return figure
+
+
 def logarithmic(values: Sequence[float]) -> bool:
     """Whether these are better told apart on a logarithmic axis."""
     return min(values) > 0 and max(values) >= 5 * min(values)

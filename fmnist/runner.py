@@ -3,25 +3,22 @@
 Nothing here computes and nothing here knows MLflow: the journal is carried there by another process.
 """
 
-import contextlib
 import re
-import signal
 import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 from fmnist import checkpoint, data, environment, experiments
 from fmnist import engine as engines
 from fmnist import spec as specs
 from fmnist.errors import Diverged, SpecError, StoreError
-from fmnist.journal import from_curves, read
-from fmnist.state import Journal, StateFolder, carrier_lock, is_locked, now_ms, start_carrier, state_folders
+from fmnist.journal import Result, from_curves, read
+from fmnist.state import Journal, StateFolder, at_hand, carrier_lock, is_locked, now_ms, signals, start_carrier, state_folder, state_folders
 from fmnist.training import Outcome, Stack, State, Training
 
 PREFLIGHT_TIMEOUT_S = 5
@@ -37,6 +34,8 @@ class Context:
     sync: bool = True  # whether it goes into MLflow now; else with a later `fmnist sync`
     say: Callable[[str], None] = print
     watch: Callable[["Training"], None] = lambda training: None  # called after each segment
+    prune: Callable[["Training"], bool] = lambda training: False  # whether to end it after this evaluation
+    wait: bool = True  # for the runs to be in MLflow; else who calls sees to that
 
     @property
     def store(self) -> str | None:
@@ -54,13 +53,6 @@ class Request(NamedTuple):
     begin: Callable[[dict[str, Any]], Beginning]
 
 
-class Ended(NamedTuple):
-    """What is kept of a run whose training is over: its engine's memory goes to the next."""
-
-    journal: Journal
-    outcome: Outcome
-
-
 def run(wanted: Sequence[experiments.Resolved], context: Context, fresh: bool = False, resume: StateFolder | None = None) -> list[Outcome]:
     """Train experiments on the same data, or continue their interrupted runs, and see them into MLflow.
 
@@ -69,22 +61,13 @@ def run(wanted: Sequence[experiments.Resolved], context: Context, fresh: bool = 
     return _train([_request(resolved, context, fresh, resume) for resolved in wanted], context)
 
 
-def missing(wanted: Sequence[experiments.Resolved], recorded: Mapping[str, str], context: Context) -> list[experiments.Resolved]:
+def missing(wanted: Sequence[experiments.Resolved], recorded: Mapping[str, Result], context: Context) -> list[experiments.Resolved]:
     """Those of which no run is `recorded` (tracking.recorded), on its way there or being trained elsewhere; of the others it says why."""
-    done = {**recorded, **{folder.run["fingerprint"]: why for folder in state_folders(context.root) if (why := _at_hand(folder))}}
+    done = {fingerprint: result for fingerprint, result in {**recorded, **at_hand(context.root)}.items() if result.outcome != "pruned"}
     for resolved in wanted:
-        if why := done.get(resolved.spec.fingerprint):
-            context.say(f"s{resolved.spec.train.seed}: {why} (--fresh trains it again)")
+        if result := done.get(resolved.spec.fingerprint):
+            context.say(f"s{resolved.spec.train.seed}: {result.where} (--fresh trains it again)")
     return [resolved for resolved in wanted if resolved.spec.fingerprint not in done]
-
-
-def _at_hand(folder: StateFolder) -> str | None:
-    """Why a run that is on disk needs no other beside it; None where it does, or where it is to be continued."""
-    if folder.running:
-        return f"being trained by {folder.holder}"
-    last = next((record.fields for record in reversed(read(folder.path / "journal")[0]) if record.kind in ("end", "resume")), {})
-    ended = last.get("status") == "FINISHED" or last.get("outcome") == "diverged"
-    return f"on its way into MLflow from {folder.path.name}" if ended and folder.carried.get("closed") != "DELETED" else None
 
 
 def _request(resolved: experiments.Resolved, context: Context, fresh: bool, resume: StateFolder | None) -> Request:
@@ -153,26 +136,28 @@ def _train(requests: Sequence[Request], context: Context) -> list[Outcome]:
     _preflight(context)
     device = engines.device(first.compute, first.train.precision)
     dataset = data.load(first.data, context.root, device, context.say)
-    size, done, carrier = engines.stack_size(first.compute, device), list[Ended](), None
+    size, done, carrier = engines.stack_size(first.compute, device), list[tuple[Journal, Outcome]](), None
     for start in range(0, len(requests), size):
         chosen = requests[start : start + size]
         if len(requests) > 1:
             context.say(f"{', '.join(f's{request.spec.train.seed}' for request in chosen)}: {start + len(chosen)} of {len(requests)} runs")
         stacks = _begin(chosen, dataset, context)
         carrier = start_carrier(context.root) if context.sync else None
-        with _signals() as caught:
+        with signals() as caught:
             for stack in stacks:
-                stack.train(context.watch, caught)
+                stack.train(context.watch, caught, context.prune)
         for stack in stacks:
-            done += [Ended(training.journal, training.outcome) for training in stack.trainings]
+            done += [(training.journal, training.outcome) for training in stack.trainings]
             stack.trainings.clear()  # each holds its stack: without this circle the engine goes at once
         if caught:
             break
-    _hand_over(done, carrier, context)
-    for ended in done:
-        ended.journal.release()
-        ended.outcome.total_s = time.monotonic() - began
-    return [ended.outcome for ended in done]
+    outcomes = [outcome for _, outcome in done]
+    if context.wait:
+        hand_over(outcomes, context, carrier)
+    for journal, outcome in done:
+        journal.release()
+        outcome.total_s = time.monotonic() - began
+    return outcomes
 
 
 def _begin(requests: Sequence[Request], dataset: data.Dataset, context: Context) -> list[Stack]:
@@ -237,24 +222,6 @@ def _newest_checkpoint(journal: Journal, spec: specs.ExperimentSpec, say: Callab
     return None
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The SIGINTs and SIGTERMs that came: they end the current segment, not the process."""
-    caught: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        if len(caught) > 1:  # who asks twice doesn't want to wait, neither for the segment nor for the store
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _preflight(context: Context) -> None:
     """Refuse a tracker that can't be reached now; what fails later is an outage, and training goes on."""
     if not context.sync or (uri := specs.tracking_server()) is None:
@@ -269,25 +236,29 @@ def _preflight(context: Context) -> None:
         ) from None
 
 
-def _hand_over(done: Sequence[Ended], carrier: "subprocess.Popen[bytes] | None", context: Context) -> None:
+def hand_over(outcomes: Sequence[Outcome], context: Context, carrier: "subprocess.Popen[bytes] | None" = None) -> None:
     """Wait until the runs are in MLflow; what a carrier fails to do for long, or Ctrl-C, leaves them to a later `fmnist sync`."""
-    if carrier is None:
-        for ended in done:
-            ended.outcome.unsynced = "--no-sync was given"
+    if not context.sync:
+        for outcome in outcomes:
+            outcome.unsynced = "--no-sync was given"
         return
-    waiting, patience_s = [ended for ended in done if ended.outcome.unsynced is None], CARRIER_SILENCE_S
+    waiting, patience_s = [outcome for outcome in outcomes if outcome.unsynced is None], CARRIER_SILENCE_S
     try:
         while waiting:
             _wait_for_carrier(context, waiting[0], carrier, patience_s)
-            if waiting.pop(0).outcome.unsynced:
+            if waiting.pop(0).unsynced:
                 patience_s = 0.0  # the others are in the same trouble
     except KeyboardInterrupt:
-        for ended in waiting:
-            ended.outcome.unsynced = "interrupted while it was being stored; it goes on in the background"
+        for outcome in waiting:
+            outcome.unsynced = "interrupted while it was being stored; it goes on in the background"
 
 
-def _wait_for_carrier(context: Context, ended: Ended, carrier: "subprocess.Popen[bytes]", patience_s: float) -> None:
-    folder, end, outcome = StateFolder.at(ended.journal.folder), ended.journal.size, ended.outcome
+def _wait_for_carrier(context: Context, outcome: Outcome, carrier: "subprocess.Popen[bytes] | None", patience_s: float) -> None:
+    try:
+        folder = StateFolder.at(state_folder(context.root) / outcome.key)
+        end = (folder.path / "journal").stat().st_size
+    except FileNotFoundError:  # nobody holds its lock any more, and all of it is in MLflow
+        return
     note, told, quiet_since = folder.carried, False, time.monotonic()
     while True:
         before, note = note, folder.carried
@@ -308,6 +279,8 @@ def _wait_for_carrier(context: Context, ended: Ended, carrier: "subprocess.Popen
                 f"training is over; the store does not take the run: {note['error']}; trying for {patience_s:.0f} s (Ctrl-C: later)"
             )
             told = True
-        if carrier.poll() is not None and not is_locked(carrier_lock(context.root, specs.store_name())):
+        if (carrier is None or carrier.poll() is not None) and not is_locked(carrier_lock(context.root, specs.store_name())):
             carrier = start_carrier(context.root)
+        if not folder.path.exists():
+            return
         time.sleep(0.05)

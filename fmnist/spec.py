@@ -184,7 +184,7 @@ def valid_name(name: str) -> str:
     return name
 
 
-def _readable(text: str) -> str:
+def readable(text: str) -> str:
     if not text.replace("\n", "").isprintable():
         raise ValueError(f"given {shorten(text)}; only characters that can be printed, and line ends, are taken")
     return text
@@ -193,7 +193,7 @@ def _readable(text: str) -> str:
 class ExperimentSpec(Section):
     name: Annotated[str, AfterValidator(valid_name)]
     """The file's name, unless given."""
-    question: Annotated[str, AfterValidator(_readable)] = ""
+    question: Annotated[str, AfterValidator(readable)] = ""
     """What the run is to answer."""
     data: Data = Data()
     model: Model = MLP()

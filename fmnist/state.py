@@ -16,14 +16,16 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any, Self
 
 import numpy as np
@@ -31,7 +33,7 @@ import numpy as np
 from fmnist import experiments
 from fmnist import spec as specs
 from fmnist.errors import Irreproducible, StoreError
-from fmnist.journal import ARRAYS, Record, Recorded, Unequal, encode, read, unequal_values
+from fmnist.journal import ARRAYS, Record, Recorded, Result, Unequal, encode, read, unequal_values
 
 
 def now_ms() -> int:
@@ -63,6 +65,24 @@ def is_locked(path: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[list[int]]:
+    """The SIGINTs and SIGTERMs that came, for work that ends in order; a second one raises KeyboardInterrupt."""
+    caught: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        if len(caught) > 1:  # who asks twice doesn't want to wait, neither for a segment nor for a store
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Journal:
@@ -257,6 +277,19 @@ class StateFolder:
             return dict(json.loads((self.path / "mlflow.json").read_text()))
         return {}
 
+    @property
+    def result(self) -> Result | None:
+        """What came of it, or that it is being trained; None where it failed, is to be continued, or was deleted in MLflow."""
+        if self.running:
+            return Result("running", f"being trained by {self.holder}")
+        fields: dict[str, Any] = {}
+        for record in read(self.path / "journal")[0]:
+            fields = fields | record.fields if record.kind in ("final", "end") else {} if record.kind == "resume" else fields
+        outcome = fields.get("outcome", {"FINISHED": "finished"}.get(fields.get("status", "")))
+        if outcome is None or self.carried.get("closed") == "DELETED":
+            return None
+        return Result(outcome, f"on its way into MLflow from {self.path.name}", fields.get("metrics", {}).get("last/val_accuracy"))
+
     def note(self, **fields: Any) -> None:
         """Replace the carrier's note, whole or not at all."""
         self._replace("mlflow.json", fields)
@@ -294,3 +327,26 @@ def state_folders(root: Path) -> list[StateFolder]:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
             found.append(StateFolder.at(path))
     return sorted(found, key=lambda folder: (folder.run["started_ms"], folder.path.name))
+
+
+def at_hand(root: Path) -> dict[str, Result]:
+    """Fingerprints of the runs on disk that are finished, diverged, pruned or being trained, and what is known of each."""
+    return {folder.run["fingerprint"]: result for folder in state_folders(root) if (result := folder.result)}
+
+
+class Claims:
+    """Who trains what, where several processes work on the same runs: a byte of a file each, locked until its holder lets go or dies."""
+
+    def __init__(self, root: Path) -> None:
+        self._file = open(root / "mlruns" / "claims", "ab")  # noqa: SIM115 - to close it would let go of all
+
+    def take(self, fingerprint: str) -> bool:
+        """Claim a run, unless another process has it."""
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(fingerprint[:15], 16))
+        except BlockingIOError:
+            return False
+        return True
+
+    def release(self, fingerprint: str) -> None:
+        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, int(fingerprint[:15], 16))

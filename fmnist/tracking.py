@@ -18,16 +18,16 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
 
 from fmnist import spec as specs
 from fmnist.errors import StoreError, UserError
-from fmnist.journal import Point
+from fmnist.journal import Point, Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,9 +79,19 @@ INFO = {
 CURVES = ["train/loss", "train/accuracy", "train/lr", "val/loss", "val/accuracy"]
 REGISTERED, CHAMPION, MODEL_VERSIONS = "fmnist", "champion", "mlflow.modelVersions"
 RECORDED = """
-SELECT print.value, coalesce(outcome.value, CASE status WHEN 'FINISHED' THEN 'finished' END), run.run_uuid FROM runs AS run
+SELECT print.value, coalesce(outcome.value, CASE status WHEN 'FINISHED' THEN 'finished' END), run.run_uuid, accuracy.value FROM runs AS run
 JOIN tags AS print ON print.run_uuid = run.run_uuid AND print.key = 'fingerprint'
-LEFT JOIN tags AS outcome ON outcome.run_uuid = run.run_uuid AND outcome.key = 'outcome' WHERE lifecycle_stage = 'active'
+LEFT JOIN tags AS outcome ON outcome.run_uuid = run.run_uuid AND outcome.key = 'outcome'
+LEFT JOIN latest_metrics AS accuracy ON accuracy.run_uuid = run.run_uuid AND accuracy.key = 'last/val_accuracy'
+WHERE lifecycle_stage = 'active' ORDER BY start_time
+"""
+PACES = """
+SELECT CAST(seconds.value AS REAL) / last.step FROM runs AS run
+JOIN tags AS seconds ON seconds.run_uuid = run.run_uuid AND seconds.key = 'training_s'
+JOIN latest_metrics AS last ON last.run_uuid = run.run_uuid AND last.key = 'train/lr' AND last.step > 0
+JOIN params AS width ON width.run_uuid = run.run_uuid AND width.key = 'model.hidden' AND width.value = :hidden
+JOIN params AS batch ON batch.run_uuid = run.run_uuid AND batch.key = 'train.batch_size' AND batch.value = :batch_size
+WHERE lifecycle_stage = 'active' ORDER BY start_time DESC LIMIT 20
 """
 DATA_URL = "https://github.com/zalandoresearch/fashion-mnist"
 
@@ -180,19 +190,52 @@ def _relocate(connection: sqlite3.Connection, here: Path) -> None:
         connection.executemany(changed, moves)
 
 
-def recorded(root: Path) -> dict[str, str]:
-    """Fingerprints of the runs that are finished or diverged, and what is known of each; this process stays without MLflow."""
+def recorded(root: Path) -> dict[str, Result]:
+    """Fingerprints of the runs that are finished, diverged or pruned, and what is known of each; this process stays without MLflow."""
     if database(root).exists() and specs.tracking_server() is None:
         with _told(f"{database(root)} can't be read", "`fmnist doctor` says more"), _sqlite(database(root)) as connection:
             rows = connection.execute(RECORDED).fetchall()
     elif specs.tracking_server():
         answer = subprocess.run([sys.executable, "-m", "fmnist", "runs", "--json"], capture_output=True, text=True)
         found = json.loads(answer.stdout)["runs"] if answer.returncode == 0 else []  # there may be none yet
-        rows = [(run["fingerprint"], run["outcome"], run["run_id"]) for run in found]
+        rows = [(run["fingerprint"], run["outcome"], run["run_id"], run["val_accuracy"]) for run in found]
     else:
         rows = []
-    counted = (row for row in rows if row[1] in ("finished", "diverged"))
-    return {fingerprint: f"{outcome} already, as run {run_id[:8]}" for fingerprint, outcome, run_id in counted}
+    counted = (row for row in rows if row[1] in ("finished", "diverged", "pruned"))
+    return {
+        fingerprint: Result(outcome, f"{outcome} already, as run {run_id[:8]}", accuracy)
+        for fingerprint, outcome, run_id, accuracy in counted
+    }
+
+
+def seconds_per_step(root: Path, spec: specs.ExperimentSpec) -> float | None:
+    """Of training this model at this batch size, the median of the local store's last runs; None where there is none."""
+    if not database(root).exists() or specs.tracking_server() is not None:
+        return None
+    flat = spec.flat()
+    with _told(f"{database(root)} can't be read", "`fmnist doctor` says more"), _sqlite(database(root)) as connection:
+        found = connection.execute(PACES, {"hidden": str(flat["model.hidden"]), "batch_size": str(flat["train.batch_size"])}).fetchall()
+    return float(np.median(found)) if found else None
+
+
+class Derived(NamedTuple):
+    """A run that stands for others, and is made anew from them: a group or a sweep."""
+
+    experiment_id: str
+    kind: str
+    key: str
+    """What tells it from others of its kind."""
+    name: str
+    tags: Mapping[str, Any]
+    parameters: Mapping[str, str]
+    points: Iterable[Point]
+    members: Sequence[str]
+    """Run ids."""
+    started_ms: int
+    ended_ms: int
+    status: str
+    made_from: str
+    """Tells whether it is up to date."""
 
 
 class Store:
@@ -312,41 +355,30 @@ class Store:
         if "reason" in self.client.get_run(run_id).data.tags:
             self.client.delete_tag(run_id, "reason")
 
-    def has_group(self, members: "pd.DataFrame") -> bool:
-        """Whether there is one group run of just these members: rows of `runs`, of one experiment and group."""
-        return [run.data.tags.get("members_sha256") for run in self._group_runs(members)] == [_members_digest(members)]
+    def derived(self, experiment_id: str, kind: str, key: str) -> dict[str, str]:
+        """The derived runs of this kind and key, and the digest of what each was made from."""
+        found = self.client.search_runs([experiment_id], f"tags.kind = '{kind}' and tags.`{kind}` = '{key}'")
+        return {run.info.run_id: run.data.tags.get("made_from", "") for run in found}
 
-    def replace_group(
-        self,
-        members: "pd.DataFrame",
-        name: str,
-        tags: Mapping[str, Any],
-        parameters: Mapping[str, str],
-        points: Iterable[Point],
-        files: Path,
-    ) -> None:
-        """Make the group run of these members, and their parent; the one that was there goes.
+    def replace(self, new: Derived, files: Path) -> None:
+        """Make a derived run, the parent of its members; the one that was there goes.
 
-        MLflow can't change points that it holds, so a group that has grown is another run.
+        MLflow can't change points that it holds, so what has grown is another run.
         """
-        before, identity = self._group_runs(members), {"kind": "group", "group": members["t/group"].iloc[0]}
-        made_by = {"mlflow.source.name": "fmnist", "mlflow.source.type": "LOCAL"}
-        begun = int(members["start"].min())
-        run_id = self.client.create_run(members["experiment_id"].iloc[0], begun, _texts(identity | made_by | dict(tags)), name).info.run_id
-        self.client.log_batch(run_id, params=[self.entities.Param(key, value) for key, value in parameters.items()])
-        self.log_points(run_id, points)
+        before = self.derived(new.experiment_id, new.kind, new.key)
+        tags = _texts({**new.tags, "kind": new.kind, new.kind: new.key, "mlflow.source.name": "fmnist", "mlflow.source.type": "LOCAL"})
+        run_id = self.client.create_run(new.experiment_id, new.started_ms, tags, new.name).info.run_id
+        self.client.log_batch(run_id, params=[self.entities.Param(key, value) for key, value in new.parameters.items()])
+        self.log_points(run_id, new.points)
         self.client.log_artifacts(run_id, str(files))
-        self.client.log_inputs(run_id, self.client.get_run(members["run_id"].iloc[0]).inputs.dataset_inputs)
-        self.client.set_terminated(run_id, "FAILED" if tags["outcome"] == "diverged" else "FINISHED", int(members["end"].max()))
-        for member in members["run_id"]:
-            self.set_tags(member, {"mlflow.parentRunId": run_id})
-        self.set_tags(run_id, {"members_sha256": _members_digest(members)})  # last: a group run without it is made again
-        for run in before:
-            self.client.delete_run(run.info.run_id)
-
-    def _group_runs(self, members: "pd.DataFrame") -> list[Any]:
-        query = f"tags.kind = 'group' and tags.group = '{members['t/group'].iloc[0]}'"
-        return list(self.client.search_runs([members["experiment_id"].iloc[0]], query))
+        if new.members:
+            self.client.log_inputs(run_id, self.client.get_run(new.members[0]).inputs.dataset_inputs)
+        self.client.set_terminated(run_id, new.status, new.ended_ms)
+        for member in new.members:
+            self.set_tags(member, {"mlflow.parentRunId": run_id} if new.kind == "group" else {new.kind: new.key})
+        self.set_tags(run_id, {"made_from": new.made_from})  # last: a derived run without it is made again
+        for former in before:
+            self.client.delete_run(former)
 
     def is_deleted(self, run_id: str) -> bool:
         """Whether the store is there and the run is not, or is deleted; raises what MLflow raises where that can't be told."""
@@ -496,10 +528,6 @@ def the_one(runs: "pd.DataFrame", text: str) -> "pd.Series":
         known = ", ".join(f"{run_id[:8]} ({name})" for run_id, name in zip(fits["run_id"], fits["name"], strict=True))
         raise UserError(f"{text!r} fits {len(fits)} runs{f'; give the id of one: {known}' if known else '; `fmnist runs` lists them'}")
     return fits.iloc[0]
-
-
-def _members_digest(members: "pd.DataFrame") -> str:
-    return hashlib.sha256(" ".join(members["run_id"]).encode()).hexdigest()
 
 
 def _texts(tags: Mapping[str, Any]) -> dict[str, str]:

@@ -43,10 +43,12 @@ class Outcome:
     weights: str = "final"
     collapsed_at: int | None = None
     stopped_early_at: int | None = None
+    pruned_at: int | None = None  # the step at which a search gave it up
     training_s: float = 0.0
     total_s: float = 0.0
     recording_s: float = 0.0  # what of it the journal and the checkpoints took
     reason: str | None = None  # why it did not finish
+    diverged: bool = False
     resumable: bool = False  # whether the same command continues it
     exit_code: int = 0
     run_id: str | None = None
@@ -74,8 +76,11 @@ class Stack:
         self.trainings: list[Training] = []
         self._segment = Segment(0, [], 0, 0.0)
 
-    def train(self, watch: Callable[["Training"], None], caught: Sequence[int]) -> None:
-        """Train all to their ends; where a signal was `caught`, they end with a checkpoint after the segment."""
+    def train(self, watch: Callable[["Training"], None], caught: Sequence[int], prune: Callable[["Training"], bool]) -> None:
+        """Train all to their ends; where a signal was `caught`, they end with a checkpoint after the segment.
+
+        `watch` sees the first of them after each segment; `prune` tells of each, after an evaluation, whether to end it there.
+        """
         save_due = time.monotonic() + CHECKPOINT_S
         for segment in specs.plan(self.engine.specs[0]):
             self._each(Training.end_early)
@@ -87,6 +92,8 @@ class Stack:
                 self._each(Training.save)
                 save_due = time.monotonic() + max(CHECKPOINT_S, CHECKPOINT_SHARE * (time.monotonic() - began))
             self._each(watch, self._live()[:1])
+            if segment.evaluate:
+                self._each(functools.partial(Training.end_if, prune=prune))
             if caught:
                 self._each(functools.partial(Training.interrupt, number=caught[0]))
         self._each(Training.finish)
@@ -163,6 +170,12 @@ class Training:
             self.outcome.stopped_early_at = self.step
             self.finish()
 
+    def end_if(self, prune: Callable[["Training"], bool]) -> None:
+        """Finish where a search finds that it is not worth going on."""
+        if prune(self) and self.step < self.spec.steps:
+            self.outcome.pruned_at = self.step
+            self.finish()
+
     def interrupt(self, number: int) -> None:
         self.save()
         raise Interrupted(number, self.step)
@@ -173,10 +186,11 @@ class Training:
         outcome.status = "KILLED" if isinstance(error, Interrupted) else "FAILED"
         outcome.reason = str(error) if expected else f"{type(error).__name__}: {error}"
         outcome.exit_code = error.exit_code if isinstance(error, FmnistError) else Diverged.exit_code
+        outcome.diverged = isinstance(error, Diverged)
         outcome.resumable = isinstance(error, Interrupted | OSError)  # a full disk is not the run's fault
         details = None if expected else "".join(traceback.format_exception(error))
         try:
-            told = {"outcome": "diverged"} if isinstance(error, Diverged) else {}
+            told = {"outcome": "diverged"} if outcome.diverged else {}
             self.journal.event("end", status=outcome.status, reason=outcome.reason, traceback=details, resumable=outcome.resumable, **told)
         except OSError as another:  # a full disk can't take even this; the missing end tells the same
             outcome.unsynced = f"how it ended could not be written: {another}"
@@ -258,8 +272,10 @@ class Training:
         np.savez(content, allow_pickle=False, **arrays)
         checkpoint.write(self.journal.folder / "predictions.npz", content)
         self.outcome.metrics = metrics
-        told = {name: getattr(self.outcome, name) for name in ("weights", "collapsed_at", "stopped_early_at", "training_s", "recording_s")}
+        names = ("weights", "collapsed_at", "stopped_early_at", "pruned_at", "training_s", "recording_s")
+        told = {name: getattr(self.outcome, name) for name in names}
         self.journal.final(metrics, **told)
         self.journal.flush()
-        self.journal.event("end", status="FINISHED", reason=None, resumable=False)
+        pruned = {} if self.outcome.pruned_at is None else {"outcome": "pruned"}
+        self.journal.event("end", status="FINISHED", reason=None, resumable=False, **pruned)
         self.outcome.status = "FINISHED"
