@@ -338,6 +338,7 @@ class Claims:
     """Who trains what, where several processes work on the same runs: a byte of a file each, locked until its holder lets go or dies."""
 
     def __init__(self, root: Path) -> None:
+        (root / "mlruns").mkdir(exist_ok=True)
         self._file = open(root / "mlruns" / "claims", "ab")  # noqa: SIM115 - to close it would let go of all
 
     def take(self, fingerprint: str) -> bool:

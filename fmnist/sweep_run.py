@@ -48,9 +48,8 @@ def best(sweep: Sweep, finished: "pd.DataFrame", trials: Sequence[Trial]) -> tup
     if finished.empty:
         return None
     by_number = {trial.number: trial for trial in trials}
-    groups = finished.groupby(finished["trial"].map(lambda number: by_number[number].resolved.spec.group))["accuracy"]
-    key = groups.mean().idxmax()
-    accuracies = groups.get_group(key)
+    of = finished["trial"].map(lambda number: by_number[number].resolved.spec.group)
+    accuracies = finished["accuracy"][of == finished["accuracy"].groupby(of).mean().idxmax()]
     return by_number[finished.loc[accuracies.index[0], "trial"]], accuracies
 
 

@@ -22,8 +22,11 @@ from fmnist.experiments import Resolved
 if TYPE_CHECKING:
     from fmnist.training import Training
 
-STARTS = 3
-"""How many workers may end before they are ready."""
+STARTS = 5
+"""How many workers in a row may end before they are ready."""
+
+GONE = (EOFError, ConnectionError)
+"""What a pipe raises whose other end is no more."""
 
 Job = dict[int, Resolved]
 """Runs to train in the same steps, by the numbers of the trials that want them."""
@@ -61,7 +64,7 @@ def serve(pipe: Connection, root: Path, sync: bool) -> None:
     from fmnist.engine import device, stack_size
     from fmnist.state import Claims
 
-    with contextlib.suppress(EOFError, OSError):
+    with contextlib.suppress(*GONE):
         spec = pipe.recv()
         pipe.send(stack_size(spec.compute, device(spec.compute, spec.train.precision)))
         claims = Claims(root)
@@ -85,7 +88,7 @@ def train(job: Job, root: Path, sync: bool, claims: Any, pipe: Connection) -> di
         try:
             pipe.send(Progress(numbers[training.spec.fingerprint], training.step, loss, training.evaluations[-1].accuracy, evaluated))
             return evaluated and bool(pipe.recv())
-        except (EOFError, OSError):  # the sweep is gone, and with it who wanted this
+        except GONE:  # the sweep is gone, and with it who wanted this
             if not alone:  # a second signal would not wait for the checkpoint
                 os.kill(os.getpid(), signal.SIGTERM)
             alone = True
@@ -103,7 +106,7 @@ def train(job: Job, root: Path, sync: bool, claims: Any, pipe: Connection) -> di
         recorded = tracking.recorded(root) if specs.tracking_server() is None else {}  # the sweep has asked the server
         wanted = runner.missing(claimed, recorded, context)
         outcomes = [dataclasses.asdict(outcome) for outcome in (runner.run(wanted, context) if wanted else [])]
-    except FmnistError as error:
+    except (FmnistError, OSError) as error:
         wanted, outcomes = claimed, [{"status": "FAILED", "reason": str(error)}] * len(claimed)
     for resolved in claimed:
         claims.release(resolved.spec.fingerprint)
@@ -144,14 +147,14 @@ class Pool:
 
     def give(self, worker: Worker, job: Job) -> None:
         worker.numbers = set(job)
-        with contextlib.suppress(OSError):  # it has just died; that will be told
+        with contextlib.suppress(*GONE):  # it has just died; that will be told
             worker.pipe.send(job)
 
     def answer(self, number: int, prune: bool) -> None:
         """Tell who trains this trial whether to end it."""
         for worker in self.workers:
             if number in (worker.numbers or ()):
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(*GONE):
                     worker.pipe.send(prune)
 
     def events(self, timeout_s: float) -> Iterator[Progress | Ended | Lost]:
@@ -168,11 +171,11 @@ class Pool:
                 self.workers[index] = self._start()
 
     def _heard(self, worker: Worker) -> Iterator[Progress | Ended]:
-        with contextlib.suppress(EOFError, OSError):
+        with contextlib.suppress(*GONE):
             while worker.pipe.poll():
                 match worker.pipe.recv():
                     case int(size):
-                        worker.size = size
+                        worker.size, self._failures = size, 0
                     case None:
                         worker.numbers = None
                     case message:

@@ -57,6 +57,7 @@ def assert_equal_alone(home: Path, parent: Path, among: pd.DataFrame) -> None:
     assert len(state.state_folders(alone)) == len(among)
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_its_set_and_then_only_what_is_missing(fmnist: Fmnist, home: Path, tmp_path: Path) -> None:
     lay_out(home, "question: which\nbase: tiny\ngrid:\n  optimizer.lr: [0.01, 0.05]\nseeds: [0, 1]\n")
     result = fmnist("sweep", "it", "--jobs", "2", "--json")
@@ -109,6 +110,7 @@ def test_a_bad_trial_does_not_end_the_others(fmnist: Fmnist, home: Path) -> None
     assert [trial["outcome"] for trial in json.loads(again.stdout)["trials"]] == [trial["outcome"] for trial in answer["trials"]]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_sweep_in_order_and_the_same_command_goes_on(fmnist: Fmnist, home: Path) -> None:
     lay_out(home, "base: tiny\ngrid:\n  optimizer.lr: [0.01, 0.05]\n", epochs=6, batch=32, every=500)
     process = start("sweep", "it", "--jobs", "2", "--json")
@@ -127,6 +129,7 @@ def test_ctrl_c_ends_a_sweep_in_order_and_the_same_command_goes_on(fmnist: Fmnis
     assert (found["t/resumed_from_step"].astype(int) > 0).all()
 
 
+@pytest.mark.slow
 def test_two_sweeps_at_once_share_the_work(home: Path) -> None:
     lay_out(home, GRID)
     both = [start("sweep", "it", "--jobs", "1", "--json") for _ in range(2)]
@@ -140,7 +143,7 @@ def test_two_sweeps_at_once_share_the_work(home: Path) -> None:
 
 def children(pid: int) -> list[int]:
     """The workers of a sweep: its children that train."""
-    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    listed = subprocess.run(["ps", "-ww", "-o", "pid=", "-o", "args=", "--ppid", str(pid)], capture_output=True, text=True).stdout
     return [int(line.split()[0]) for line in listed.splitlines() if "spawn_main" in line]
 
 
@@ -153,16 +156,17 @@ def test_workers_and_sweeps_that_are_killed_leave_exactly_the_set(fmnist: Fmnist
     for stop_after in (3, 7, None):  # trials; then the sweep itself is killed
         process = subprocess.Popen([sys.executable, "-m", "fmnist", "sweep", "it", "--jobs", "2", "--json"], stdout=subprocess.PIPE, text=True)
         while process.poll() is None:
-            time.sleep(chance.uniform(0.5, 3.0))
+            time.sleep(chance.uniform(1.0, 7.0))
             if stop_after is not None and len(state.at_hand(home)) + len(tracking.recorded(home)) >= stop_after:
                 process.kill()
                 kills["sweep"] += 1
-            elif (workers := children(process.pid)) and kills["worker"] < 12:
+                break
+            if (workers := children(process.pid)) and kills["worker"] < 12:
                 os.kill(chance.choice(workers), signal.SIGKILL)
                 kills["worker"] += 1
         process.wait()
     assert kills["sweep"] == 2
-    assert kills["worker"] >= 8
+    assert kills["worker"] >= 6
     answer = json.loads(process.stdout.read())  # type: ignore[union-attr]
     assert [trial["outcome"] for trial in answer["trials"]] == ["finished"] * 12
     found = runs(home)
@@ -174,6 +178,7 @@ def test_workers_and_sweeps_that_are_killed_leave_exactly_the_set(fmnist: Fmnist
     assert_equal_alone(home, parent, finished)
 
 
+@pytest.mark.slow
 def test_a_trial_whose_worker_keeps_dying_is_given_up(home: Path) -> None:
     lay_out(home, "base: tiny\ngrid:\n  optimizer.lr: [0.01]\n", epochs=40, batch=32, every=500)
     process = start("sweep", "it", "--jobs", "1", "--json")
@@ -191,6 +196,7 @@ def test_a_trial_whose_worker_keeps_dying_is_given_up(home: Path) -> None:
     assert "its worker died 3 times" in trial["reason"]
 
 
+@pytest.mark.slow
 def test_a_search_prunes_and_is_gone_on_with(fmnist: Fmnist, home: Path) -> None:
     search = "base: tiny\nsearch:\n  sampler: random\n  trials: {trials}\n  space:\n    optimizer.lr: {{low: 1.0e-5, high: 0.2, log: true}}\n"
     lay_out(home, search.format(trials=7), epochs=2, batch=500, every=10)
