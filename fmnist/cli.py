@@ -238,9 +238,9 @@ def sweep(
 
     def start() -> "sweeping.Workers":
         if on == "ray":
-            from fmnist import cluster
+            from fmnist.cluster import Cluster
 
-            return cluster.Cluster(root, jobs, address, found.base.spec)
+            return Cluster(root, jobs, address, found.base.spec)
         from fmnist import data, workers
 
         data.ensure(root, _tell)

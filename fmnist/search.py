@@ -77,7 +77,8 @@ class Study:
 
     def _trial(self, number: int, parameters: Mapping[str, Any]) -> Trial:
         if number not in self._known:
-            settings = {path: json.loads(value) if self.search.space[path].choices else value for path, value in parameters.items()}
+            choices = {path for path, dimension in self.search.space.items() if dimension.choices}
+            settings = {path: json.loads(value) if path in choices else _rounded(value) for path, value in parameters.items()}
             self._known[number] = self.sweep.trial(number, settings)
         return self._known[number]
 
@@ -126,6 +127,11 @@ def importances(sweep: Sweep, results: Sequence[tuple[Mapping[str, Any], float]]
         }
         study.add_trial(optuna.trial.create_trial(params=parameters, distributions=space, value=accuracy))
     return dict(optuna.importance.get_param_importances(study))
+
+
+def _rounded(value: float) -> float:
+    """To four digits: what more would say is noise, and the settings are to be read."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _distribution(dimension: Dimension) -> BaseDistribution:

@@ -67,7 +67,7 @@ class SweepSpec(Section):
     """What the sweep is to answer."""
     base: str
     """The experiment that every trial starts from; it holds out validation images (data.holdout)."""
-    grid: dict[str, Annotated[tuple[Any, ...], Field(strict=False)]] = {}
+    grid: dict[str, Annotated[tuple[Any, ...], Field(strict=False)]] = Field(default={})
     """Dotted paths of fields and the values to try: every combination is a trial."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(default=(), strict=False)
     """Seeds to train each combination with; none: the base's."""

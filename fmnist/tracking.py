@@ -239,15 +239,15 @@ class Derived(NamedTuple):
 
 
 class Store:
-    """An open MLflow store, local or a server."""
+    """An open MLflow store: the one at `address`, else that of `uri`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, address: str | None = None) -> None:
         from mlflow import MlflowClient, entities
 
         self.root, self.entities = root, entities
-        self.local = specs.tracking_server() is None
+        self.local = address is None and specs.tracking_server() is None
         self._opened = database(root).stat() if self.local else None
-        self.client = MlflowClient(tracking_uri=uri(root))
+        self.client = MlflowClient(tracking_uri=address or uri(root), registry_uri=address or uri(root))
 
     @property
     def stale(self) -> bool:
@@ -401,8 +401,8 @@ class Store:
             raise
 
     @_told("the model can't be registered", "see that the run has a model and the store is there")
-    def register(self, run_id: str, description: str, tags: Mapping[str, Any]) -> int:
-        """Register a run's model with these tags and make it the champion; returns its version."""
+    def register(self, run_id: str, description: str, tags: Mapping[str, Any], champion: bool = True) -> int:
+        """Register a run's model with these tags, as the champion or not; returns its version."""
         model_id = self.client.get_run(run_id).outputs.model_outputs[0].model_id
         with contextlib.suppress(Exception):  # it is there already
             self.client.create_registered_model(REGISTERED, description="Models of fmnist; the alias `champion` is the one to load.")
@@ -410,7 +410,8 @@ class Store:
         made = self.client.create_model_version(REGISTERED, model.artifact_location, run_id, _texts(tags), description=description)
         versions = [*json.loads(model.tags.get(MODEL_VERSIONS, "[]")), {"name": REGISTERED, "version": made.version}]
         self.client.set_logged_model_tags(model_id, {MODEL_VERSIONS: json.dumps(versions)})  # what MLflow's pages link the two by
-        self.make_champion(made.version)
+        if champion:
+            self.make_champion(made.version)
         return int(made.version)
 
     def make_champion(self, version: str) -> None:
@@ -483,6 +484,12 @@ class Store:
                 digests = json.loads(data) | digests if name == "manifest.json" else digests
                 found[name] = data
             return found
+
+    def model_files(self, model_id: str, folder: Path) -> Path:
+        """A copy of a logged model's files below `folder`."""
+        from mlflow.artifacts import download_artifacts
+
+        return Path(download_artifacts(f"models:/{model_id}", dst_path=str(folder), tracking_uri=self.client.tracking_uri))
 
     def _artifact(self, info: Any, name: str) -> bytes:
         with _told(f"run {info.run_id}: {name} can't be read", "where it is lost, restore it or train again"):
