@@ -4,7 +4,7 @@ EXP ?= baseline
 PORT ?= 5000
 FMNIST := .venv/bin/fmnist
 .DEFAULT_GOAL := help
-.PHONY: help setup data run show list ui compare report sync doctor test test-slow test-browser check bench bench-step bench-scaling bench-record soak lock clean
+.PHONY: help setup data run sweep show list ui serve compare report sync doctor test test-slow test-browser test-services check bench bench-step bench-scaling bench-record soak lock clean
 
 help:  ## print the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -18,7 +18,10 @@ data: setup  ## fetch and verify Fashion-MNIST
 run: setup  ## train and record an experiment, or continue it: make run EXP=baseline SET="optimizer.lr=0.01 train.seed=3"; SEEDS=5 or 3,7,9; FRESH=1
 	@$(FMNIST) run $(EXP) $(foreach field,$(SET),--set '$(field)') $(if $(SEEDS),--seeds '$(SEEDS)') $(if $(FRESH),--fresh)
 
-show: setup  ## print what an experiment would do: make show EXP=epochs-40
+sweep: setup  ## train what is missing of a sweep: make sweep EXP=sweep-lr JOBS=2
+	@$(FMNIST) sweep $(EXP) $(if $(JOBS),--jobs $(JOBS))
+
+show: setup  ## print what an experiment or a sweep would do: make show EXP=epochs-40
 	@$(FMNIST) show $(EXP) $(foreach field,$(SET),--set '$(field)')
 
 list: setup  ## list the experiments
@@ -26,6 +29,9 @@ list: setup  ## list the experiments
 
 ui: setup  ## MLflow on 127.0.0.1: make ui PORT=5000
 	@$(FMNIST) ui --port $(PORT)
+
+serve: setup  ## the champion's predictions on 127.0.0.1: make serve PORT=5001
+	@$(FMNIST) serve $(if $(filter-out 5000,$(PORT)),--port $(PORT))
 
 compare: setup  ## compare settings with the first of them: make compare RUNS="holdout holdout-lr-0.01"
 	@$(FMNIST) compare $(RUNS)
@@ -50,6 +56,11 @@ test-browser: data  ## the tests of MLflow's pages and of the report in Debian's
 		{ echo "chromium is missing; as root: apt-get install chromium" >&2; exit 2; }
 	@.venv/bin/pytest -m browser
 
+test-services: data .venv-services  ## sweeps and moves against MLflow on PostgreSQL and S3, and on a Ray cluster; installs Debian's PostgreSQL where it may; its own environment, 7 GB
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -y -q postgresql; } || \
+		{ echo "PostgreSQL is missing; as root: apt-get install postgresql" >&2; exit 2; }
+	@.venv-services/bin/python -m pytest -m services -n 0
+
 check: setup  ## lint, types, formatting, the JSON Schema of the experiments
 	@.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy && .venv/bin/python tools/schema.py
 
@@ -65,7 +76,10 @@ bench-scaling: data  ## how cost grows with epochs, runs and workers; an hour
 bench-record: data  ## what recording costs: a run beside the same with --no-sync
 	@.venv/bin/python benchmarks/whole_run.py
 
-.PHONY: .venv-bench
+.PHONY: .venv-bench .venv-services
+.venv-services:
+	@$(PYTHON) tools/bootstrap.py .venv-services requirements-services.lock
+
 .venv-bench: data
 	@$(PYTHON) tools/bootstrap.py .venv-bench requirements-bench.lock
 
@@ -76,6 +90,7 @@ soak: data  ## 300 kill -9s, server outages and a crowd of runs, every result co
 lock: setup  ## compile the lock files anew from pyproject.toml (needs uv)
 	@uv pip compile --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 --extra dev pyproject.toml -o requirements.lock
 	@uv pip compile --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 -c requirements.lock pyproject.toml benchmarks/requirements.in -o requirements-bench.lock
+	@uv pip compile --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 -c requirements.lock --extra ray --extra server pyproject.toml tests/requirements-services.in -o requirements-services.lock
 
 clean:  ## remove .venv and caches; never mlruns/ or data/
-	@rm -rf .venv .venv.lock .venv-bench .venv-bench.lock build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info && find . -name __pycache__ -not -path './data/*' -not -path './mlruns/*' -prune -exec rm -rf {} +
+	@rm -rf .venv .venv.lock .venv-bench .venv-bench.lock .venv-services .venv-services.lock build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info && find . -name __pycache__ -not -path './data/*' -not -path './mlruns/*' -prune -exec rm -rf {} +

@@ -4,14 +4,10 @@ import dataclasses
 import json
 import os
 import re
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +31,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-UI_START_S = 60
 MOST_SEEDS = 1_000
 
 
@@ -481,14 +476,39 @@ def fetch_data(as_json: Json = False) -> None:
 
 
 @app.command()
-def sync(as_json: Json = False) -> None:
+def sync(
+    to: Annotated[
+        str | None, typer.Option(metavar="URL", help="Then copy the local store's runs to this MLflow server, and count.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Carry runs that are on disk only into MLflow, now."""
     from fmnist import sidecar
     from fmnist import spec as specs
 
+    if to is not None and specs.tracking_server() is not None:
+        raise UserError("--to copies the local store, and MLFLOW_TRACKING_URI names a server: unset it")
     done = sidecar.sync(specs.home(), _tell if as_json else print)
     lines = [] if done else ["nothing to carry over: every run is in MLflow"]
-    _answer({"runs": done}, lines, as_json, 1 if any(run["error"] for run in done) else 0)
+    moved = [] if to is None else _move(to, as_json)
+    troubled = any(run["error"] for run in done) or any(run["problem"] for run in moved)
+    _answer({"runs": done, "moved": moved}, [] if moved else lines, as_json, 1 if troubled else 0)
+
+
+def _move(to: str, quiet: bool) -> list[dict[str, Any]]:
+    from fmnist import moving, tracking
+    from fmnist import spec as specs
+
+    here = tracking.connect(specs.home())
+    there = tracking.server(specs.home(), to)
+    moved = []
+    for run in moving.move(here, there):
+        moved.append(run._asdict())
+        state = run.problem or f"{run.points:,} points, {run.files} files, as they are here"
+        _tell(f"{run.name} ({run.run_id[:8]}): {state}") if quiet else print(f"{run.name} ({run.run_id[:8]}): {state}")
+    bad = sum(run["problem"] is not None for run in moved)
+    _tell(f"{len(moved) - bad} of {len(moved)} runs are at {specs.redacted(to)}" + (f", {bad} are not: see above" if bad else ""))
+    return moved
 
 
 @app.command()
@@ -521,52 +541,60 @@ def report(
     _answer({"runs": rows, "files": [str(path) for path in written.files], "notes": written.notes}, lines, as_json)
 
 
-# ---- ui
+# ---- servers, predictions
 
 
 @app.command()
 def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)] = 5000) -> None:
     """Show the runs in MLflow, on this machine only; Ctrl-C stops it."""
+    from fmnist import serving, tracking
     from fmnist import spec as specs
-    from fmnist import tracking
 
     root = specs.home()
     if address := specs.tracking_server():
         raise UserError(
             f"the runs are recorded at MLFLOW_TRACKING_URI: open {specs.redacted(address)} in a browser, or unset it for the local store"
         )
-    try:
-        socket.create_server(("127.0.0.1", port)).close()
-    except OSError:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            free = listener.getsockname()[1]
-        raise UserError(
-            f"port {port} on 127.0.0.1 is taken, perhaps by another `make ui`; port {free} is free: make ui PORT={free}"
-        ) from None
+    serving.check_port(port, "ui")
     _look_after(root)
     experiment_id = tracking.connect(root, create=True).experiment(specs.Tracking().experiment)
-    for ending in (signal.SIGINT, signal.SIGTERM):  # the server must not outlive us; a shell's `&` has SIGINT ignored
-        signal.signal(ending, signal.default_int_handler)
-    log = root / "mlruns" / "ui.log"
-    command, environment = tracking.server_command(root, port), {**os.environ, **tracking.SETTINGS}
-    with open(log, "wb") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=root) as server:
-        try:
-            _wait_until_up(server, port, log)
-            print(f"the runs: {tracking.page(experiment_id, port=port)}")
-            print(f"Ctrl-C stops it; from another machine: ssh -L {port}:127.0.0.1:{port} HOST", flush=True)
-            server.wait()
-        finally:
-            server.terminate()
-            server.wait()
+    told = [f"the runs: {tracking.page(experiment_id, port=port)}"]
+    told += [f"Ctrl-C stops it; from another machine: ssh -L {port}:127.0.0.1:{port} HOST"]
+    serving.serve(tracking.server_command(root, port), root, root / "mlruns" / "ui.log", f"http://127.0.0.1:{port}/health", told)
 
 
-def _wait_until_up(server: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
-    from urllib.request import urlopen
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="`champion`, or a run: its id, or its name if no other has it.")] = "champion",
+    port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)] = 5001,
+) -> None:
+    """Answer requests with a model's predictions, on this machine only; Ctrl-C stops it."""
+    from fmnist import serving, tracking
+    from fmnist import spec as specs
 
-    deadline = time.monotonic() + UI_START_S
-    while time.monotonic() < deadline and server.poll() is None:
-        with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
-            return
-        time.sleep(0.2)
-    last = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-    raise UserError(f"the MLflow server did not come up: {last} (all of it: {log})")
+    root = specs.home()
+    serving.check_port(port, "serve")
+    uri = serving.model_uri(tracking.connect(root), model)
+    told = [f"{uri} answers at http://127.0.0.1:{port}/invocations; Ctrl-C stops it"]
+    told += [f"""curl http://127.0.0.1:{port}/invocations -H 'Content-Type: application/json' -d '{{"inputs": [[[0, ...], ...]]}}'"""]
+    told += ["inputs: images of 28 x 28 pixels, 0 to 255, bright on dark; predictions: a probability for each of the ten classes"]
+    serving.serve(tracking.model_server_command(uri, port), root, root / "mlruns" / "serve.log", f"http://127.0.0.1:{port}/ping", told)
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="`champion`, or a run: its id, or its name if no other has it.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, of any size: PNG, JPEG, ...")],
+    invert: Annotated[
+        bool, typer.Option("--invert", help="For pictures of something dark on a bright ground; the data is bright on dark.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a model takes pictures for."""
+    from fmnist import serving, tracking
+    from fmnist import spec as specs
+
+    found = serving.predict(tracking.connect(specs.home()), model, images, invert)
+    wide = max(len(each["image"]) for each in found)
+    lines = [f"{each['image']:<{wide}}  {each['class']:<12} {each['probabilities'][each['class']]:.3f}" for each in found]
+    _answer({"predictions": found}, lines, as_json)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from fmnist import groups
 from fmnist.errors import StoreError
+from fmnist.journal import Point
 from fmnist.tracking import REGISTERED, Store
 
 ORIGIN, WHOLE = "moved_from", "moved_whole"
@@ -64,7 +65,8 @@ def _move_run(here: Store, there: Store, run: Any, experiment: str) -> Moved:
     run_id = there.client.create_run(target, run.info.start_time, tags, run.info.run_name).info.run_id
     there.client.log_batch(run_id, params=[there.entities.Param(key, value) for key, value in run.data.params.items()])
     for key in run.data.metrics:
-        there.log_points(run_id, here.client.get_metric_history(run.info.run_id, key))
+        history = here.client.get_metric_history(run.info.run_id, key)
+        there.log_points(run_id, (Point(key, point.value, point.timestamp, point.step) for point in history))
     there.client.log_inputs(run_id, run.inputs.dataset_inputs)
     with tempfile.TemporaryDirectory(prefix="fmnist-") as folder:
         if here.client.list_artifacts(run.info.run_id):

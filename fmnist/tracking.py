@@ -122,6 +122,17 @@ def connect(root: Path, create: bool = False) -> "Store":
         return Store(root)
 
 
+def server(root: Path, address: str) -> "Store":
+    """The store at a server's address; raises StoreError where none answers."""
+    os.environ.update(SETTINGS)
+    if not re.match(r"https?://[^/]", address):
+        raise StoreError(f"given {specs.redacted(address)!r}; give the address of an MLflow server: http://... or https://...")
+    with _told(f"no MLflow server can be used at {specs.redacted(address)}", "start it, or see to MLFLOW_TRACKING_USERNAME and _PASSWORD"):
+        store = Store(root, address.rstrip("/"))
+        store.identity()
+        return store
+
+
 @contextlib.contextmanager
 def _told(problem: str, remedy: str) -> Iterator[None]:
     """Make one line of whatever MLflow, a database damaged anywhere or a server that answers anything leads to."""
@@ -485,6 +496,15 @@ class Store:
                 found[name] = data
             return found
 
+    def load_model(self, uri: str) -> Any:
+        """A logged or registered model, as MLflow's pyfunc."""
+        import mlflow.pyfunc
+
+        mlflow.set_tracking_uri(self.client.tracking_uri)
+        mlflow.set_registry_uri(self.client.tracking_uri)
+        with _told(f"{uri} can't be loaded", "see that the store is there and holds its files"):
+            return mlflow.pyfunc.load_model(uri)
+
     def model_files(self, model_id: str, folder: Path) -> Path:
         """A copy of a logged model's files below `folder`."""
         from mlflow.artifacts import download_artifacts
@@ -585,3 +605,9 @@ def server_command(root: Path, port: int) -> list[str]:
     command += ["--default-artifact-root", str(root / "mlruns" / "artifacts"), "--no-serve-artifacts"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--x-frame-options", "DENY"]
     return [*command, "--allowed-hosts", f"{here},localhost:{port}", "--cors-allowed-origins", f"http://{here}"]
+
+
+def model_server_command(model: str, port: int) -> list[str]:
+    """The command of `make serve`: in this environment, on this machine only."""
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model, "--env-manager", "local"]
+    return [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]

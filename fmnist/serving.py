@@ -1,0 +1,96 @@
+"""Servers that run as long as their command does, on this machine only: MLflow's pages, and the champion's predictions; and predictions at once."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+from fmnist import tracking
+from fmnist.errors import StoreError, UserError
+
+START_S = 60
+
+
+def check_port(port: int, target: str) -> None:
+    """Raise UserError where a port is taken, with one that is free."""
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            free = listener.getsockname()[1]
+        raise UserError(
+            f"port {port} on 127.0.0.1 is taken, perhaps by another `make {target}`; port {free} is free: make {target} PORT={free}"
+        ) from None
+
+
+def serve(command: Sequence[str], root: Path, log: Path, health: str, told: Sequence[str]) -> None:
+    """Run a server until a signal comes; once `health` answers, print what is `told`. Raises UserError where it doesn't come up."""
+    for ending in (signal.SIGINT, signal.SIGTERM):  # the server must not outlive us; a shell's `&` has SIGINT ignored
+        signal.signal(ending, signal.default_int_handler)
+    environment = {**os.environ, **tracking.SETTINGS, "MLFLOW_TRACKING_URI": tracking.uri(root)}
+    with open(log, "wb") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=root) as server:
+        try:
+            _wait_until_up(server, health, log)
+            print("\n".join(told), flush=True)
+            server.wait()
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def _wait_until_up(server: "subprocess.Popen[bytes]", health: str, log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and server.poll() is None:
+        with suppress(OSError), urlopen(health, timeout=1):
+            return
+        time.sleep(0.2)
+    last = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+    raise UserError(f"the server did not come up: {last} (all of it: {log})")
+
+
+def model_uri(store: tracking.Store, text: str) -> str:
+    """MLflow's address of a model: of the `champion`, or of the run that `text` names; raises UserError where there is none."""
+    if text == tracking.CHAMPION:
+        if store.champion() is None:
+            raise UserError("there is no champion yet; fmnist promote RUN makes one, or name a run")
+        return tracking.champion_uri()
+    run = tracking.the_one(store.runs(), text)
+    outputs = store.client.get_run(run["run_id"]).outputs
+    if not outputs or not outputs.model_outputs:
+        raise StoreError(f"run {run['run_id']} has no model; name another, or train it again")
+    return f"models:/{outputs.model_outputs[0].model_id}"
+
+
+def read_image(path: Path, invert: bool) -> Any:
+    """A picture as the model takes it: uint8 [28, 28], bright on dark as in the data; `invert` for dark on bright."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            grey = picture.convert("L").resize((28, 28), Image.Resampling.LANCZOS)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"{path}: can't be read as a picture: {getattr(error, 'strerror', None) or error}; give PNG or JPEG files"
+        ) from None
+    return ImageOps.invert(grey) if invert else grey
+
+
+def predict(store: tracking.Store, model: str, paths: Sequence[Path], invert: bool) -> list[dict[str, Any]]:
+    """What a model takes each picture for: its class, and the probability of each class."""
+    import numpy as np
+
+    from fmnist.plots import CLASSES
+
+    images = np.stack([np.asarray(read_image(path, invert), np.uint8) for path in paths])
+    probabilities = store.load_model(model_uri(store, model)).predict(images)
+    found = []
+    for path, row in zip(paths, np.asarray(probabilities, float), strict=True):
+        by_class = dict(zip(CLASSES, row.tolist(), strict=True))
+        found.append({"image": str(path), "class": CLASSES[int(row.argmax())], "probabilities": by_class})
+    return found
