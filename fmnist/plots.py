@@ -221,8 +221,13 @@ def response(parameter: str, log: bool, points: Sequence[Mapping[str, Any]]) -> 
     return figure
 
 
-def sweep(values: Mapping[str, Sequence[Any]], accuracies: pd.Series, outcomes: pd.Series, importance: Mapping[str, float]) -> Figure:
-    """Validation accuracy by each swept field, a dot per trial, those that were ended early hollow; the fields by how much they matter."""
+def sweep(
+    values: Mapping[str, Sequence[Any]], log: Sequence[str], accuracies: pd.Series, outcomes: pd.Series, importance: Mapping[str, float]
+) -> Figure:
+    """Validation accuracy by each swept field, a dot per trial, those that were ended early hollow; the fields by how much they matter.
+
+    The axis leaves out the worst sixth of the trials, which would hide how the others differ.
+    """
     paths = sorted(values, key=lambda path: -importance.get(path, 0.0))
     columns, rows = min(3, len(paths)), -(-len(paths) // 3)
     figure = Figure(figsize=(4.6 * columns + 0.6, 3.7 * rows + 0.3), dpi=DPI, layout="constrained")
@@ -233,11 +238,13 @@ def sweep(values: Mapping[str, Sequence[Any]], accuracies: pd.Series, outcomes: 
         axes.plot(x[finished], accuracies[finished], "o", color=PALETTE[0], markersize=5, label="trained to its end")
         if (~finished).any():
             axes.plot(x[~finished], accuracies[~finished], "o", color=PALETTE[1], markersize=5, fillstyle="none", label="ended early")
-        if numeric and logarithmic(list(x)):
+        if path in log:
             axes.set_xscale("log")
         share = f", {importance[path]:.0%} of what varies" if path in importance else ""
         axes.set(xlabel=path + share)
         axes.grid(alpha=0.3)
+    low, high = float(accuracies.quantile(1 / 6)), float(accuracies.max())
+    figure.axes[0].set_ylim(low - 0.1 * (high - low or 0.1), high + 0.1 * (high - low or 0.1))
     figure.axes[0].set_ylabel("validation accuracy (fraction)")
     figure.axes[0].legend(fontsize=8)
     for axes in figure.axes[len(paths) :]:

@@ -20,6 +20,8 @@ from fmnist.sweeps import Dimension, Search, Sweep, Trial
 
 GUESSING = 1 / specs.CLASSES
 """The accuracy that a diverged trial counts with: what it would be by chance."""
+LEAST_TRIALS = 10
+"""Of fewer trials nothing is said about what matters."""
 STARTUP = 5
 """Trials that the median pruner lets run to their end first; nor does it look at the first fifth of a trial."""
 
@@ -116,7 +118,7 @@ def importances(sweep: Sweep, results: Sequence[tuple[Mapping[str, Any], float]]
         values = sorted({json.dumps(settings[path]) for settings, _ in results})
         if len(values) > 1:
             space[path] = _distribution(sweep.spec.search.space[path]) if sweep.spec.search else CategoricalDistribution(values)
-    if not space or len({accuracy for _, accuracy in results}) < 2:
+    if not space or len(results) < LEAST_TRIALS or len({accuracy for _, accuracy in results}) < 2:
         return {}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="maximize")

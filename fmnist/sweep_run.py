@@ -125,10 +125,20 @@ def _lay_out(
     )
     if top:
         (folder / "best.yaml").write_text(as_experiment(sweep, *top), encoding="utf-8")
-        plots.sweep({path: list(rows[path]) for path in sweep.paths}, rows["accuracy"], rows["outcome"], importance).savefig(
-            folder / "sweep.png"
-        )
+        plots.sweep(
+            {path: list(rows[path]) for path in sweep.paths}, _logarithmic(sweep), rows["accuracy"], rows["outcome"], importance
+        ).savefig(folder / "sweep.png")
     return importance
+
+
+def _logarithmic(sweep: Sweep) -> list[str]:
+    """The swept fields that are drawn on a logarithmic axis."""
+    from fmnist import plots
+
+    if sweep.spec.search:
+        return [path for path, dimension in sweep.spec.search.space.items() if dimension.log]
+    numeric = {path: values for path, values in sweep.spec.grid.items() if all(isinstance(value, int | float) for value in values)}
+    return [path for path, values in numeric.items() if plots.logarithmic(values)]
 
 
 def _points(rows: "pd.DataFrame") -> Iterator[Point]:

@@ -42,6 +42,7 @@ SETTINGS = {
     "MLFLOW_ENABLE_AI_GATEWAY": "false",
     "MLFLOW_MODEL_CATALOG_URI": "",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the sidecar tries again by itself, and tells what is wrong meanwhile
     "GIT_PYTHON_REFRESH": "quiet",
 }
@@ -506,10 +507,9 @@ class Store:
             return mlflow.pyfunc.load_model(uri)
 
     def model_files(self, model_id: str, folder: Path) -> Path:
-        """A copy of a logged model's files below `folder`."""
-        from mlflow.artifacts import download_artifacts
-
-        return Path(download_artifacts(f"models:/{model_id}", dst_path=str(folder), tracking_uri=self.client.tracking_uri))
+        """A copy below `folder` of a logged model's files, of a store on this machine."""
+        location = self.client.get_logged_model(model_id).artifact_location
+        return Path(shutil.copytree(unquote(location.removeprefix("file://")), folder / "model"))
 
     def _artifact(self, info: Any, name: str) -> bytes:
         with _told(f"run {info.run_id}: {name} can't be read", "where it is lost, restore it or train again"):
