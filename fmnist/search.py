@@ -23,7 +23,7 @@ GUESSING = 1 / specs.CLASSES
 LEAST_TRIALS = 10
 """Of fewer trials nothing is said about what matters."""
 STARTUP = 5
-"""Trials that the median pruner lets run to their end first; nor does it look at the first fifth of a trial."""
+"""Trials that the median pruner lets run to their end first; nor does it look at a trial's first half, where schedules that end low lag behind."""
 
 
 class Study:
@@ -47,7 +47,7 @@ class Study:
     def _pruner(self) -> optuna.pruners.BasePruner:
         match self.search.pruner:
             case "median":
-                return optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=self._evaluations // 5)
+                return optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=self._evaluations // 2)
             case "hyperband":
                 return optuna.pruners.HyperbandPruner(min_resource=max(1, self._evaluations // 9), max_resource=self._evaluations)
             case "none":
@@ -81,7 +81,7 @@ class Study:
         if number not in self._known:
             choices = {path for path, dimension in self.search.space.items() if dimension.choices}
             settings = {path: json.loads(value) if path in choices else _rounded(value) for path, value in parameters.items()}
-            self._known[number] = self.sweep.trial(number, settings)
+            self._known[number] = self.sweep.trial(number, settings, next(iter(self.sweep.spec.seeds), None))
         return self._known[number]
 
     def open(self) -> list[Trial]:

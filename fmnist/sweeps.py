@@ -70,16 +70,16 @@ class SweepSpec(Section):
     grid: dict[str, Annotated[tuple[Any, ...], Field(strict=False)]] = Field(default={})
     """Dotted paths of fields and the values to try: every combination is a trial."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(default=(), strict=False)
-    """Seeds to train each combination with; none: the base's."""
+    """Seeds to train each combination with, for a search one; none: the base's."""
     search: Search | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> "SweepSpec":
         if bool(self.grid) == (self.search is not None):
             raise ValueError("grid: give either a grid or a search")
-        if self.search and self.seeds:
+        if self.search and len(self.seeds) > 1:
             raise ValueError(
-                "seeds: a search trains its trials with the base's seed; train the best with others afterwards (make run SEEDS=5)"
+                "seeds: a search trains each trial once, give one seed; train the best with others afterwards (make run SEEDS=5)"
             )
         for path in [*self.grid, *(self.search.space if self.search else ())]:
             _defining(path)
@@ -121,8 +121,8 @@ class Sweep:
         """The swept fields."""
         return list(self.spec.search.space if self.spec.search else self.spec.grid)
 
-    def trial(self, number: int, settings: Mapping[str, Any], seed: int | None = None) -> Trial:
-        """The trial with these settings; raises SpecError where they don't make an experiment."""
+    def trial(self, number: int, settings: Mapping[str, Any], seed: int | None) -> Trial:
+        """The trial with these settings and this seed, or the base's; raises SpecError where they don't make an experiment."""
         overrides = [f"{path}={json.dumps(value)}" for path, value in settings.items()]
         overrides += [] if seed is None else [f"train.seed={seed}"]
         if "tracking.log_every" not in self.base.origins:
@@ -146,7 +146,7 @@ class Sweep:
         """What a search is continued by: the same base, space and sampler; asking for more trials goes on with it."""
         assert self.spec.search is not None
         searched = self.spec.search.model_dump(mode="json", exclude={"trials"})
-        digest = hashlib.sha256(json.dumps([self.base.spec.fingerprint, searched], sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps([self.base.spec.fingerprint, self.spec.seeds, searched], sort_keys=True).encode())
         return f"{self.name}-{digest.hexdigest()[:8]}"
 
 
@@ -184,5 +184,5 @@ def load(name: str, root: Path) -> Sweep:
     }
     for path, either in ends.items():
         for value in either:
-            sweep.trial(0, {**{other: those[0] for other, those in ends.items()}, path: value})
+            sweep.trial(0, {**{other: those[0] for other, those in ends.items()}, path: value}, None)
     return sweep

@@ -83,7 +83,7 @@ MISTAKES = {
     "base: holdout\ngrid:\n  tracking.log_every: [1, 2]\n": "tracking.log_every: only fields that define a run can be swept",
     "base: holdout\ngrid:\n  data.holdout: [5000, 10000]\n": "data.holdout: trials that are validated on other images can't be compared",
     "base: holdout\ngrid:\n  train.seed: [1]\nseeds: [2]\n": "grid.train.seed: is what `seeds` is for",
-    "base: holdout\nseeds: [1]\nsearch:\n  space:\n    optimizer.lr: {low: 0.1, high: 0.2}\n": "seeds: a search trains its trials with the base's seed",
+    "base: holdout\nseeds: [1, 2]\nsearch:\n  space:\n    optimizer.lr: {low: 0.1, high: 0.2}\n": "seeds: a search trains each trial once, give one seed",
     "base: holdout\nsearch:\n  space:\n    optimizer.lr: {low: 0.2, high: 0.1}\n": "low 0.2, high 0.1: give both, low below high",
     "base: holdout\nsearch:\n  space:\n    optimizer.lr: {}\n": "give low and high, or choices",
     "base: holdout\nsearch:\n  space:\n    optimizer.lr: {low: 0, high: 1, log: true}\n": "log: only a range with low above 0",
@@ -171,13 +171,13 @@ def test_a_trial_that_is_far_below_the_others_is_pruned(home: Path) -> None:
     for accuracy in (0.80, 0.81, 0.82, 0.83, 0.84):
         trial = study.ask()
         assert trial
-        assert not any(study.prune(trial.number, 1000 * step, accuracy) for step in range(20))
+        assert not any(study.prune(trial.number, 1000 * step, accuracy) for step in range(32))
         study.tell(trial.number, Result("finished", "", accuracy))
     poor, good = study.ask(), study.ask()
     assert poor
     assert good
-    assert [study.prune(poor.number, 1000 * step, 0.3) for step in (1, 10)] == [False, True]
-    assert not study.prune(good.number, 10_000, 0.9)
+    assert [study.prune(poor.number, 1000 * step, 0.3) for step in (10, 20)] == [False, True]
+    assert not study.prune(good.number, 20_000, 0.9)
 
 
 def test_importances_find_the_field_that_matters(home: Path) -> None:
