@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 IDLE_S = 30
 """How long it stays after its last work: runs in a row then share one start of MLflow."""
 PERIOD_S = 0.2
+SEND_S = 2.0
+"""The least time between two requests with points of a run that goes on: each costs some 20 ms of a core, however few its points are."""
+PNG: dict[str, Any] = {"pil_kwargs": {"compress_level": 1}}
+"""How figures are saved: a third larger, in half the time."""
 NICENESS = 10
 MAX_BACKOFF_S = 10.0
 OUTCOMES = {"FINISHED": "finished", "KILLED": "interrupted", "FAILED": "failed"}
@@ -184,6 +188,7 @@ class Carrier:
         self.reason: str | None = note.get("reason")
         self.offset: int = note.get("offset", 0)
         self._ended = _has_ended(read(self.journal, end=self.offset)[0])
+        self._send_due = 0.0
 
     def advance(self) -> bool:
         """Send what the journal has gained, close the run once it has ended; tells whether anything was done."""
@@ -209,7 +214,10 @@ class Carrier:
             self.store.reopen(self.run_id)
             self._note(None, None)
         records, offset = read(self.journal, self.offset)
+        if records and running and not _has_ended(records) and time.monotonic() < self._send_due:
+            return False
         if records:
+            self._send_due = time.monotonic() + SEND_S
             with open(self.journal) as file:
                 os.fsync(file.fileno())
             self._send(records)
@@ -328,12 +336,12 @@ class Carrier:
         figures.mkdir()
         if frame["val/loss"].notna().any():
             best = next((int(record.fields["metrics"]["best/step"]) for record in records if record.kind == "final"), None)
-            plots.learning_curves(frame, title, self.spec.steps_per_epoch, best).savefig(figures / "learning_curves.png")
+            plots.learning_curves(frame, title, self.spec.steps_per_epoch, best).savefig(figures / "learning_curves.png", **PNG)
         if predictions is not None:
             predictions.to_parquet(folder / "predictions.parquet", index=False)
             selected = predictions[predictions["split"] == "val"]
             predicted = selected.filter(like="logit_").to_numpy().argmax(1)
-            plots.confusion_matrix(selected["label"].to_numpy(), predicted, title).savefig(figures / "confusion_matrix.png")
+            plots.confusion_matrix(selected["label"].to_numpy(), predicted, title).savefig(figures / "confusion_matrix.png", **PNG)
         digests = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*.*"))}
         manifest = json.dumps(digests, indent=2).encode()
         (folder / "manifest.json").write_bytes(manifest)

@@ -67,7 +67,9 @@ def databases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def s3() -> Iterator[str]:
     """An S3 server with the bucket `runs`."""
     port = free_port()
-    server = subprocess.Popen([BIN / "moto_server", "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [BIN / "moto_server", "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     address = f"http://127.0.0.1:{port}"
     try:
         wait_for(lambda: answers(address))
@@ -195,14 +197,17 @@ def test_a_local_store_moves_to_a_server(place: Path, server: Server, monkeypatc
         assert (after.info.start_time, after.info.end_time, after.info.status) == (before.info.start_time, before.info.end_time, "FINISHED")
         assert [i.dataset.digest for i in after.inputs.dataset_inputs] == [i.dataset.digest for i in before.inputs.dataset_inputs]
         for key in ("train/loss", "val/accuracy"):
-            points = [[(p.step, p.value, p.timestamp) for p in store.client.get_metric_history(i, key)] for store, i in ((here, run_id), (far, its))]
+            points = [
+                [(p.step, p.value, p.timestamp) for p in store.client.get_metric_history(i, key)]
+                for store, i in ((here, run_id), (far, its))
+            ]
             assert points[0] == points[1]
         pd.testing.assert_frame_equal(here.curves(run_id), far.curves(its))
         pd.testing.assert_frame_equal(here.predictions(run_id), far.predictions(its))
     champion = far.champion()
     assert champion is not None
     assert champion.run_id == new[here.champion().run_id]  # type: ignore[union-attr]
-    groups = [run for run in moving._runs(far, [e.experiment_id for e in far.client.search_experiments()], "tags.kind = 'group'")]
+    groups = far.client.search_runs([e.experiment_id for e in far.client.search_experiments()], "tags.kind = 'group'")
     parents = {far.client.get_run(its).data.tags["mlflow.parentRunId"] for its in new.values()}
     assert parents <= {run.info.run_id for run in groups}
 
@@ -257,7 +262,9 @@ def test_a_ray_cluster_that_loses_a_node_gives_what_this_machine_gives(shared: b
     temporary = f"/tmp/fmnist-ray-{secrets.token_hex(3)}"  # sockets there must have short names
     nodes = [ray_node("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={temporary}", home=place)]
     try:
-        wait_for(lambda: subprocess.run([BIN / "ray", "health-check", "--address", f"127.0.0.1:{port}"], capture_output=True).returncode == 0)
+        wait_for(
+            lambda: subprocess.run([BIN / "ray", "health-check", "--address", f"127.0.0.1:{port}"], capture_output=True).returncode == 0
+        )
         nodes.append(ray_node(f"--address=127.0.0.1:{port}", home=other))
         for key, value in server.environment.items():
             os.environ[key] = value

@@ -154,7 +154,9 @@ def test_workers_and_sweeps_that_are_killed_leave_exactly_the_set(fmnist: Fmnist
     chance = random.Random(0)
     kills = {"worker": 0, "sweep": 0}
     for stop_after in (3, 7, None):  # trials; then the sweep itself is killed
-        process = subprocess.Popen([sys.executable, "-m", "fmnist", "sweep", "it", "--jobs", "2", "--json"], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fmnist", "sweep", "it", "--jobs", "2", "--json"], stdout=subprocess.PIPE, text=True
+        )
         while process.poll() is None:
             time.sleep(chance.uniform(1.0, 7.0))
             if stop_after is not None and len(state.at_hand(home)) + len(tracking.recorded(home)) >= stop_after:
@@ -198,7 +200,9 @@ def test_a_trial_whose_worker_keeps_dying_is_given_up(home: Path) -> None:
 
 @pytest.mark.slow
 def test_a_search_prunes_and_is_gone_on_with(fmnist: Fmnist, home: Path) -> None:
-    search = "base: tiny\nsearch:\n  sampler: random\n  trials: {trials}\n  space:\n    optimizer.lr: {{low: 1.0e-5, high: 0.2, log: true}}\n"
+    search = (
+        "base: tiny\nsearch:\n  sampler: random\n  trials: {trials}\n  space:\n    optimizer.lr: {{low: 1.0e-5, high: 0.2, log: true}}\n"
+    )
     lay_out(home, search.format(trials=7), epochs=2, batch=500, every=10)
     answer = json.loads(fmnist("sweep", "it", "--jobs", "2", "--json").stdout)
     outcomes = [trial["outcome"] for trial in answer["trials"]]

@@ -83,14 +83,18 @@ MISTAKES = {
     "base: holdout\ngrid:\n  tracking.log_every: [1, 2]\n": "tracking.log_every: only fields that define a run can be swept",
     "base: holdout\ngrid:\n  data.holdout: [5000, 10000]\n": "data.holdout: trials that are validated on other images can't be compared",
     "base: holdout\ngrid:\n  train.seed: [1]\nseeds: [2]\n": "grid.train.seed: is what `seeds` is for",
-    "base: holdout\nseeds: [1, 2]\nsearch:\n  space:\n    optimizer.lr: {low: 0.1, high: 0.2}\n": "seeds: a search trains each trial once, give one seed",
+    "base: holdout\nseeds: [1, 2]\nsearch:\n  space:\n    optimizer.lr: {low: 0.1, high: 0.2}\n": "a search trains each trial once, give one seed",
     "base: holdout\nsearch:\n  space:\n    optimizer.lr: {low: 0.2, high: 0.1}\n": "low 0.2, high 0.1: give both, low below high",
     "base: holdout\nsearch:\n  space:\n    optimizer.lr: {}\n": "give low and high, or choices",
     "base: holdout\nsearch:\n  space:\n    optimizer.lr: {low: 0, high: 1, log: true}\n": "log: only a range with low above 0",
-    "base: holdout\nsearch:\n  space:\n    optimizer.lr: {lo: 0, high: 1}\n": f"{PLACE}:4: search.space.optimizer.lr.lo: unknown key, did you mean 'low' or 'log'?",
+    "base: holdout\nsearch:\n  space:\n    optimizer.lr: {lo: 0, high: 1}\n": "search.space.optimizer.lr.lo: unknown key, did you mean 'low' or 'log'?",
     "base: holdout\nsearch:\n  space:\n    optimizer.lr: {low: 0.1, high: 2000.0}\n": "it should be less than or equal to 1000",
     "base: holdout\nsearch:\n  sampler: bayes\n  space:\n    optimizer.lr: {low: 0.1, high: 0.2}\n": "search.sampler: given 'bayes'",
-    "base: holdout\ngrid:\n  train.seed: [" + ", ".join(map(str, range(101))) + "]\n  train.epochs: [" + ", ".join(map(str, range(1, 101))) + "]\n": "makes 10,100 trials; a sweep has at most 10,000",
+    "base: holdout\ngrid:\n  train.seed: ["
+    + ", ".join(map(str, range(101)))
+    + "]\n  train.epochs: ["
+    + ", ".join(map(str, range(1, 101)))
+    + "]\n": "makes 10,100 trials; a sweep has at most 10,000",
 }
 
 

@@ -1,4 +1,4 @@
-"""Bring experiments/schema.json, by which editors complete and check experiment files, up to date; exit 1 if it was not (`make check`)."""
+"""Bring the JSON Schemas of experiments and sweeps, by which editors complete and check them, up to date; exit 1 if one was not (`make check`)."""
 
 import json
 import sys
@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fmnist.spec import ExperimentSpec
+from fmnist.sweeps import SweepSpec
 
-PATH = Path(__file__).resolve().parent.parent / "experiments" / "schema.json"
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 
 
 def file_schema() -> dict[str, Any]:
@@ -31,11 +32,20 @@ def file_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
+def sweep_schema() -> dict[str, Any]:
+    """JSON Schema of a sweep file."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **SweepSpec.model_json_schema(), "title": "fmnist sweep"}
+
+
 def main() -> None:
-    text = json.dumps(file_schema(), indent=2) + "\n"
-    if not PATH.exists() or PATH.read_text() != text:
-        PATH.write_text(text)
-        sys.exit(f"{PATH} was out of date and has been rewritten: commit it")
+    stale = []
+    for path, schema in ((EXPERIMENTS / "schema.json", file_schema()), (EXPERIMENTS / "sweeps" / "schema.json", sweep_schema())):
+        text = json.dumps(schema, indent=2) + "\n"
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+            stale.append(str(path))
+    if stale:
+        sys.exit(f"{', '.join(stale)}: out of date, and rewritten: commit")
 
 
 if __name__ == "__main__":
