@@ -419,7 +419,9 @@ class Store:
         with contextlib.suppress(Exception):  # it is there already
             self.client.create_registered_model(REGISTERED, description="Models of fmnist; the alias `champion` is the one to load.")
         model = self.client.get_logged_model(model_id)
-        made = self.client.create_model_version(REGISTERED, model.artifact_location, run_id, _texts(tags), description=description)
+        made = self.client.create_model_version(
+            REGISTERED, model.artifact_location, run_id, _texts(tags), description=description, model_id=model_id
+        )
         versions = [*json.loads(model.tags.get(MODEL_VERSIONS, "[]")), {"name": REGISTERED, "version": made.version}]
         self.client.set_logged_model_tags(model_id, {MODEL_VERSIONS: json.dumps(versions)})  # what MLflow's pages link the two by
         if champion:

@@ -87,7 +87,7 @@ MISTAKES = {
     "base: holdout\nsearch:\n  space:\n    optimizer.lr: {low: 0.2, high: 0.1}\n": "low 0.2, high 0.1: give both, low below high",
     "base: holdout\nsearch:\n  space:\n    optimizer.lr: {}\n": "give low and high, or choices",
     "base: holdout\nsearch:\n  space:\n    optimizer.lr: {low: 0, high: 1, log: true}\n": "log: only a range with low above 0",
-    "base: holdout\nsearch:\n  space:\n    optimizer.lr: {lo: 0, high: 1}\n": "search.space.optimizer.lr.lo: unknown key, did you mean 'low' or 'log'?",
+    "base: holdout\nsearch:\n  space:\n    optimizer.lr: {lo: 0, high: 1}\n": "optimizer.lr.lo: unknown key, did you mean 'low' or 'log'?",
     "base: holdout\nsearch:\n  space:\n    optimizer.lr: {low: 0.1, high: 2000.0}\n": "it should be less than or equal to 1000",
     "base: holdout\nsearch:\n  sampler: bayes\n  space:\n    optimizer.lr: {low: 0.1, high: 0.2}\n": "search.sampler: given 'bayes'",
     "base: holdout\ngrid:\n  train.seed: ["
