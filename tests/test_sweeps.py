@@ -1,9 +1,12 @@
 """Sweep files: what they stand for, and what is said of mistakes in them."""
 
+import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 from conftest import REPOSITORY, Fmnist
+from ruamel.yaml import YAML
 
 from fmnist import experiments, search, sweeps
 from fmnist.errors import SpecError
@@ -39,6 +42,18 @@ def test_shipped_sweeps_are_sound(name: str) -> None:
     assert sweep.spec.question
     assert f"EXP={name}" in (REPOSITORY / sweeps.place(name)).read_text()
     assert sweep.spec.search or sweep.grid()
+
+
+@pytest.mark.parametrize("name", sweeps.names(REPOSITORY))
+def test_editors_know_sweeps(name: str) -> None:
+    import schema as editors  # of tools/
+
+    folder = REPOSITORY / "experiments" / "sweeps"
+    assert json.loads((folder / "schema.json").read_text()) == editors.sweep_schema()
+    text = (folder / f"{name}.yaml").read_text()
+    validator = jsonschema.Draft202012Validator(editors.sweep_schema())
+    assert not list(validator.iter_errors(YAML(typ="safe").load(text)))
+    assert list(validator.iter_errors(YAML(typ="safe").load(text.replace("base:", "bass:"))))
 
 
 def test_a_grid_is_every_combination_with_every_seed(home: Path) -> None:
