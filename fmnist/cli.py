@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -241,7 +241,7 @@ def sweep(
         data.ensure(root, _tell)
         return workers.Pool(root, jobs or os.cpu_count() or 1, not no_sync, found.base.spec)
 
-    with display.sweep(as_json, _tell) as watch:
+    with redirect_stdout(sys.stderr), display.sweep(as_json, _tell) as watch:  # Ray has its say on stdout
         standing = sweeping.run(found, start, watch)
     sweeping.finish(found, standing, not no_sync, _tell)
     lines = [display.summary(standing)]

@@ -21,6 +21,7 @@ SHIPPED = experiments.names(EXPERIMENTS.parent)
 BASELINE = (EXPERIMENTS / "baseline.yaml").read_text(encoding="utf-8")
 
 FINGERPRINTS = {
+    "best": "4cd601744d492f724e2e4542fa41865dded27531fad757ee12cf2ef1d968bc00",
     "baseline": "6231b3820edbb6683211480dacc825feebb57f26c500fbadda01410eb340a51f",
     "epochs-40": "78a52ba3053098f667db884b1e6669bc3e3b0f804df4ad7656985e5730b77a17",
     "holdout": "cf555c54f52290c536cd1ccff05a433d338fd59025b295f9df542de8a32451cb",
