@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, SMALL, Fmnist, free_port
 
-from fmnist import experiments, state
+from fmnist import experiments, state, sweeps
 from fmnist import spec as specs
 
 PACKAGE = Path(specs.__file__).parent
 NAMES = experiments.names(PACKAGE.parent)
-COMMANDS = ["run", "extend", "verify", "show", "list", "runs", "compare", "promote", "doctor", "data", "sync", "report", "ui"]
+COMMANDS = ["run", "extend", "verify", "sweep", "show", "list", "runs", "compare", "promote", "doctor", "data", "sync", "report"]
+COMMANDS += ["ui", "serve", "predict"]
 PLAN = {
     "training_images": 60_000,
     "validation_images": 10_000,
@@ -164,7 +165,11 @@ def test_list_shows_every_experiment_and_a_broken_one_hides_no_other(fmnist: Fmn
     assert (plain.returncode, plain.stderr, as_json.returncode, as_json.stderr) == (0, "", 0, "")
     lines = {line.split()[0]: line for line in plain.stdout.splitlines()}
     rows = {row["name"]: row for row in json.loads(as_json.stdout)["experiments"]}
-    assert sorted(lines) == sorted(rows) == sorted([*NAMES, "crooked", "no"])
+    assert sorted(rows) == sorted([*NAMES, "crooked", "no"])
+    swept = {row["name"]: row["question"] for row in json.loads(as_json.stdout)["sweeps"]}
+    assert sorted(swept) == sweeps.names(home)
+    assert sorted(lines) == sorted([*rows, *swept])
+    assert all(question in lines[name] for name, question in swept.items())
     for name in NAMES:
         spec = experiments.load(name, root=home).spec
         assert f"{spec.steps:,} steps  {spec.question}" in lines[name]
