@@ -30,8 +30,9 @@ list: setup  ## list the experiments
 ui: setup  ## MLflow on 127.0.0.1: make ui PORT=5000
 	@$(FMNIST) ui --port $(PORT)
 
+serve: PORT = 5001
 serve: setup  ## the champion's predictions on 127.0.0.1: make serve PORT=5001
-	@$(FMNIST) serve $(if $(filter-out 5000,$(PORT)),--port $(PORT))
+	@$(FMNIST) serve --port $(PORT)
 
 compare: setup  ## compare settings with the first of them: make compare RUNS="holdout holdout-lr-0.01"
 	@$(FMNIST) compare $(RUNS)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fmnist import spec as specs
 from fmnist.errors import FmnistError, UserError
 from fmnist.experiments import Resolved
-from fmnist.workers import Ended, Job, Lost, Progress
+from fmnist.workers import Ended, Job, Lost, Progress, progress
 
 if TYPE_CHECKING:
     from fmnist.training import Training
@@ -60,20 +60,15 @@ def train(number: int, resolved: Resolved, mailbox: Any, environment: dict[str, 
 
     from fmnist import data, runner
 
-    def tell(training: "Training", evaluated: bool) -> bool:
-        loss = None if training.curves is None else float(training.curves["loss"][-200:].mean())
-        progress = Progress(number, training.step, loss, training.evaluations[-1].accuracy, evaluated)
-        return bool(ray.get(mailbox.report.remote(progress)))
-
     def prune(training: "Training") -> bool:
-        return tell(training, True)
+        return bool(ray.get(mailbox.report.remote(progress(number, training, True))))
 
     context = runner.Context(specs.home(), say=lambda text: None, prune=prune)
     try:
         data.ensure(context.root, lambda text: None)
         wanted = runner.missing([resolved], {}, context)
         return dataclasses.asdict(runner.run(wanted, context)[0]) if wanted else None
-    except FmnistError as error:
+    except (FmnistError, OSError) as error:
         return {"status": "FAILED", "reason": str(error)}
 
 

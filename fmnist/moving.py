@@ -32,10 +32,9 @@ def move(here: Store, there: Store) -> Iterator[Moved]:
 
     What breaks off is begun again by the next call. Raises StoreError where the server can't be used at all.
     """
-    ids = [experiment.experiment_id for experiment in here.client.search_experiments()]
     names = {experiment.experiment_id: experiment.name for experiment in here.client.search_experiments()}
     moved: dict[str, str] = {}
-    for run in _runs(here, ids):
+    for run in _runs(here, list(names)):
         if run.data.tags.get("kind") == "group" or run.info.status == "RUNNING":
             continue
         try:

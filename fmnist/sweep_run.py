@@ -43,7 +43,7 @@ def table(store: Store, trials: Sequence[Trial]) -> "pd.DataFrame":
     return table.sort_values("accuracy", ascending=False, ignore_index=True)
 
 
-def best(sweep: Sweep, finished: "pd.DataFrame", trials: Sequence[Trial]) -> tuple[Trial, "pd.Series"] | None:
+def best(finished: "pd.DataFrame", trials: Sequence[Trial]) -> tuple[Trial, "pd.Series"] | None:
     """The settings with the highest mean accuracy over their seeds, by one of their trials, and the accuracies."""
     if finished.empty:
         return None
@@ -76,13 +76,13 @@ def as_experiment(sweep: Sweep, trial: Trial, accuracies: "pd.Series") -> str:
     )
 
 
-def write(store: Store, sweep: Sweep, trials: Sequence[Trial], total: int) -> "tuple[pd.DataFrame, Trial | None]":
-    """Make the sweep's run from those of its trials that are in the store, unless it is up to date; returns table and best trial."""
+def write(store: Store, sweep: Sweep, trials: Sequence[Trial], total: int) -> None:
+    """Make the sweep's run from those of its trials that are in the store, unless it is up to date."""
     rows = table(store, trials)
     finished = rows[rows["outcome"] == "finished"]
-    top = best(sweep, finished, trials)
+    top = best(finished, trials)
     if rows.empty:
-        return rows, None
+        return
     made_from = hashlib.sha256(f"{total} {sorted(rows['run_id'])}".encode()).hexdigest()
     experiment_id = rows["experiment_id"].iloc[0]
     if [*store.derived(experiment_id, "sweep", sweep.name).values()] != [made_from]:
@@ -106,7 +106,6 @@ def write(store: Store, sweep: Sweep, trials: Sequence[Trial], total: int) -> "t
                 int(rows["start"].min()), int(rows["end"].max()), "FINISHED", made_from,
             )  # fmt: skip
             store.replace(new, Path(folder))
-    return rows, top[0] if top else None
 
 
 def _lay_out(

@@ -55,6 +55,12 @@ class Lost(NamedTuple):
     numbers: list[int]
 
 
+def progress(number: int, training: "Training", evaluated: bool) -> Progress:
+    """How far the trial of this number is."""
+    loss = None if training.curves is None else float(training.curves["loss"][-200:].mean())
+    return Progress(number, training.step, loss, training.evaluations[-1].accuracy, evaluated)
+
+
 # ---- the worker's side
 
 
@@ -84,9 +90,8 @@ def train(job: Job, root: Path, sync: bool, claims: Any, pipe: Connection) -> di
 
     def tell(training: "Training", evaluated: bool) -> bool:
         nonlocal alone
-        loss = None if training.curves is None else float(training.curves["loss"][-200:].mean())
         try:
-            pipe.send(Progress(numbers[training.spec.fingerprint], training.step, loss, training.evaluations[-1].accuracy, evaluated))
+            pipe.send(progress(numbers[training.spec.fingerprint], training, evaluated))
             return evaluated and bool(pipe.recv())
         except GONE:  # the sweep is gone, and with it who wanted this
             if not alone:  # a second signal would not wait for the checkpoint
