@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fmnist import compare as comparing
-from fmnist import groups, tracking
+from fmnist import database, groups, tracking
 from fmnist import spec as specs
 from fmnist.experiments import Resolved, load
 
@@ -54,7 +54,7 @@ def run(
         each = [[f"train.seed={seed}"] for seed in seeds] if seeds is not None else [[]]
         wanted = [load(experiment, [*overrides, *seed]) for seed in each]
     if seeds is not None and not fresh:
-        wanted = runner.missing(wanted, tracking.recorded(context.root), context)
+        wanted = runner.missing(wanted, database.recorded(context.root), context)
     return runner.run(wanted, context, fresh) if wanted else []
 
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from fmnist import sweeping
     from fmnist.experiments import Resolved
     from fmnist.runner import Context
-    from fmnist.sweeping import Standing
     from fmnist.training import Outcome
 
 app = typer.Typer(
@@ -102,10 +101,10 @@ def run(
         wanted = [experiments.Resolved(folder.spec, folder.spec.name, {}, ())]
     else:
         raise UserError("EXP is missing: the name of an experiment (`fmnist list` shows them), or --resume RUN")
-    from fmnist import runner, tracking
+    from fmnist import database, runner
 
     def start(context: "Context") -> "list[Outcome]":
-        left = wanted if seeds is None or fresh else runner.missing(wanted, tracking.recorded(root), context)
+        left = wanted if seeds is None or fresh else runner.missing(wanted, database.recorded(root), context)
         return runner.run(left, context, fresh, folder) if left else []
 
     _train(start, no_sync, as_json, many=seeds is not None)
@@ -183,29 +182,12 @@ def _train(start: "Callable[[Context], list[Outcome]]", no_sync: bool, as_json: 
         if outcome.reason and not as_json:
             _tell(outcome.reason)
     links = [tracking.page(outcome.experiment_id or "", outcome.run_id or "") if outcome.run_id else None for outcome in outcomes]
-    lines = [line for outcome, link in zip(outcomes, links, strict=True) for line in _told(outcome, link)]
+    lines = [line for outcome, link in zip(outcomes, links, strict=True) for line in display.ended(outcome, link)]
     if any(outcome.status == "FINISHED" for outcome in outcomes):
         lines += ["next: `make report` draws it beside the other runs; `fmnist list` shows what else there is to run"]
     values = [{**dataclasses.asdict(outcome), "link": link} for outcome, link in zip(outcomes, links, strict=True)]
     lines = lines or ["every one of these seeds is there already; `fmnist compare` and `make report` show them"]
     _answer({"runs": values} if many else values[0], lines, as_json, max((outcome.exit_code for outcome in outcomes), default=0))
-
-
-def _told(outcome: "Outcome", link: str | None) -> "Iterator[str]":
-    """How a run ended, in words."""
-    from fmnist import journal
-    from fmnist import spec as specs
-
-    if outcome.metrics:
-        yield from (outcome.name, *journal.in_words(vars(outcome)))
-    rate = f" ({outcome.steps / outcome.training_s:,.0f} steps/s)" if outcome.training_s else ""
-    yield f"{outcome.status}: {outcome.steps:,} steps in {outcome.training_s:.1f} s{rate}, {outcome.total_s:.1f} s in all"
-    if outcome.resumable:
-        yield f"the same command continues it, or: fmnist run --resume {outcome.key}"
-    if outcome.unsynced:
-        yield f"not in MLflow yet: {outcome.unsynced}; `fmnist sync` carries it over"
-    if link:
-        yield f"run {outcome.run_id}: {link}" + ("" if specs.tracking_server() else "  (after `make ui`)")
 
 
 # ---- sweep
@@ -246,22 +228,9 @@ def sweep(
     sweeping.finish(found, standing, not no_sync, _tell)
     lines = [display.summary(standing)]
     lines += ["interrupted; the same command goes on with it"] if standing.interrupted else []
-    rows = [
-        {"trial": number, "name": trial.name, "settings": trial.settings, "fingerprint": trial.fingerprint, **_of_trial(standing, number)}
-        for number, trial in sorted(standing.trials.items())
-    ]
     code = 128 + standing.interrupted if standing.interrupted else 3 if standing.failed else 0
     best = standing.best
-    _answer({"sweep": name, "total": standing.total, "best": best and best.name, "trials": rows}, lines, as_json, code)
-
-
-def _of_trial(standing: "Standing", number: int) -> dict[str, Any]:
-    result = standing.results.get(number)
-    return {
-        "outcome": result.outcome if result else "failed" if number in standing.failed else None,
-        "val_accuracy": result.accuracy if result else None,
-        "reason": standing.failed.get(number),
-    }
+    _answer({"sweep": name, "total": standing.total, "best": best and best.name, "trials": display.rows(standing)}, lines, as_json, code)
 
 
 # ---- show, list
@@ -308,24 +277,16 @@ def _show_experiment(resolved: "Resolved", as_json: bool) -> None:
 
 
 def _show_sweep(name: str, as_json: bool) -> None:
-    from fmnist import display, sweeping, sweeps, tracking
+    from fmnist import database, display, sweeping, sweeps
     from fmnist import spec as specs
 
     found = sweeps.load(name, specs.home())
     standing = sweeping.look(found)
     left = standing.total - len(standing.results)
-    pace = tracking.seconds_per_step(found.root, found.base.spec)
+    pace = database.seconds_per_step(found.root, found.base.spec)
     cost = None if pace is None else left * found.base.spec.steps * pace
-    rows = [
-        {"trial": number, "name": trial.name, "fingerprint": trial.fingerprint, **_of_trial(standing, number)}
-        for number, trial in sorted(standing.trials.items())
-    ]
-    wide = max((len(row["name"]) for row in rows), default=0)
-    lines = [
-        f"{row['trial']:>4}  {row['name']:<{wide}}  {row['fingerprint'][:8]}  {row['outcome'] or 'missing'}"
-        + ("" if row["val_accuracy"] is None else f"  val accuracy {row['val_accuracy']:.4f}")
-        for row in rows
-    ]
+    rows = display.rows(standing)
+    lines = display.table(rows)
     if standing.total > len(rows):
         lines.append(f"{standing.total - len(rows)} more trials, whose settings the search picks when it gets there")
     told = (
@@ -558,8 +519,8 @@ def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)
     serving.check_port(port, "ui")
     _look_after(root)
     experiment_id = tracking.connect(root, create=True).experiment(specs.Tracking().experiment)
-    told = [f"the runs: {tracking.page(experiment_id, port=port)}"]
-    told += [f"Ctrl-C stops it; from another machine: ssh -L {port}:127.0.0.1:{port} HOST"]
+    away = f"Ctrl-C stops it; from another machine: ssh -L {port}:127.0.0.1:{port} HOST"
+    told = [f"the runs: {tracking.page(experiment_id, port=port)}", away]
     serving.serve(tracking.server_command(root, port), root, root / "mlruns" / "ui.log", f"http://127.0.0.1:{port}/health", told)
 
 
@@ -575,10 +536,8 @@ def serve(
     root = specs.home()
     serving.check_port(port, "serve")
     uri = serving.model_uri(tracking.connect(root), model)
-    told = [f"{uri} answers at http://127.0.0.1:{port}/invocations; Ctrl-C stops it"]
-    told += [f"""curl http://127.0.0.1:{port}/invocations -H 'Content-Type: application/json' -d '{{"inputs": [[[0, ...], ...]]}}'"""]
-    told += ["inputs: images of 28 x 28 pixels, 0 to 255, bright on dark; predictions: a probability for each of the ten classes"]
-    serving.serve(tracking.model_server_command(uri, port), root, root / "mlruns" / "serve.log", f"http://127.0.0.1:{port}/ping", told)
+    command, log = tracking.model_server_command(uri, port), root / "mlruns" / "serve.log"
+    serving.serve(command, root, log, f"http://127.0.0.1:{port}/ping", serving.how_to_ask(uri, port))
 
 
 @app.command()

@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,7 +14,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from fmnist.sweeping import Standing
-    from fmnist.training import Training
+    from fmnist.training import Outcome, Training
 
 
 @contextmanager
@@ -118,3 +118,43 @@ def _ended(standing: "Standing", number: int) -> str:
 
 def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def rows(standing: "Standing") -> list[dict[str, Any]]:
+    """What is known of each trial, for programs."""
+    found = []
+    for number, trial in sorted(standing.trials.items()):
+        result, failed = standing.results.get(number), standing.failed.get(number)
+        found.append({
+            "trial": number, "name": trial.name, "settings": trial.settings, "fingerprint": trial.fingerprint,
+            "outcome": result.outcome if result else "failed" if failed else None,
+            "val_accuracy": result.accuracy if result else None, "reason": failed,
+        })  # fmt: skip
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """The same for people, a line per trial."""
+    wide = max((len(row["name"]) for row in rows), default=0)
+    return [
+        f"{row['trial']:>4}  {row['name']:<{wide}}  {row['fingerprint'][:8]}  {row['outcome'] or 'missing'}"
+        + ("" if row["val_accuracy"] is None else f"  val accuracy {row['val_accuracy']:.4f}")
+        for row in rows
+    ]
+
+
+def ended(outcome: "Outcome", link: str | None) -> "Iterator[str]":
+    """How a run ended, and its link, in words."""
+    from fmnist import journal
+    from fmnist import spec as specs
+
+    if outcome.metrics:
+        yield from (outcome.name, *journal.in_words(vars(outcome)))
+    rate = f" ({outcome.steps / outcome.training_s:,.0f} steps/s)" if outcome.training_s else ""
+    yield f"{outcome.status}: {outcome.steps:,} steps in {outcome.training_s:.1f} s{rate}, {outcome.total_s:.1f} s in all"
+    if outcome.resumable:
+        yield f"the same command continues it, or: fmnist run --resume {outcome.key}"
+    if outcome.unsynced:
+        yield f"not in MLflow yet: {outcome.unsynced}; `fmnist sync` carries it over"
+    if link:
+        yield f"run {outcome.run_id}: {link}" + ("" if specs.tracking_server() else "  (after `make ui`)")

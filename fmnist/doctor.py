@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fmnist import data, tracking
+from fmnist import data, database, tracking
 from fmnist import spec as specs
 from fmnist.errors import UserError
 from fmnist.journal import Recorded, read
@@ -58,18 +58,18 @@ def _environment(repository: Path) -> Iterator[Finding]:
 def _store(root: Path) -> Iterator[Finding]:
     if server := specs.tracking_server():
         yield Finding(f"store: {specs.redacted(server)}")
-    elif not tracking.database(root).exists():
+    elif not database.database(root).exists():
         yield Finding("store: none yet, the first run makes it")
         return
     try:
         store = tracking.connect(root)
         runs = store.runs(status=None)
         if store.local:
-            with contextlib.closing(sqlite3.connect(tracking.database(root))) as connection:
+            with contextlib.closing(sqlite3.connect(database.database(root))) as connection:
                 damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if damage != "ok":
                 remedy = "restore it from a copy, or move it away: the next run makes a new one"
-                yield Finding(f"store: {tracking.database(root)} is damaged: {damage}", remedy)
+                yield Finding(f"store: {database.database(root)} is damaged: {damage}", remedy)
         known = [folder.carried.get("run_id") for folder in state_folders(root)]
         for _, run in runs[(runs["status"] == "RUNNING") & ~runs["run_id"].isin(known)].iterrows():
             what = f"store: run {run['run_id']} ({run['name']}) says RUNNING; nothing of it is on this disk"

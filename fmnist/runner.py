@@ -62,7 +62,7 @@ def run(wanted: Sequence[experiments.Resolved], context: Context, fresh: bool = 
 
 
 def missing(wanted: Sequence[experiments.Resolved], recorded: Mapping[str, Result], context: Context) -> list[experiments.Resolved]:
-    """Those of which no run is `recorded` (tracking.recorded), on its way there or being trained elsewhere; of the others it says why."""
+    """Those of which no run is `recorded` (database.recorded), on its way there or being trained elsewhere; of the others it says why."""
     done = {fingerprint: result for fingerprint, result in {**recorded, **at_hand(context.root)}.items() if result.outcome != "pruned"}
     for resolved in wanted:
         if result := done.get(resolved.spec.fingerprint):

@@ -54,6 +54,15 @@ def _wait_until_up(server: "subprocess.Popen[bytes]", health: str, log: Path) ->
     raise UserError(f"the server did not come up: {last} (all of it: {log})")
 
 
+def how_to_ask(uri: str, port: int) -> list[str]:
+    """What a model server at this port takes and gives, in words."""
+    return [
+        f"{uri} answers at http://127.0.0.1:{port}/invocations; Ctrl-C stops it",
+        f"""curl http://127.0.0.1:{port}/invocations -H 'Content-Type: application/json' -d '{{"inputs": [[[0, ...], ...]]}}'""",
+        "inputs: images of 28 x 28 pixels, 0 to 255, bright on dark; predictions: a probability for each of the ten classes",
+    ]
+
+
 def model_uri(store: tracking.Store, text: str) -> str:
     """MLflow's address of a model: of the `champion`, or of the run that `text` names; raises UserError where there is none."""
     if text == tracking.CHAMPION:

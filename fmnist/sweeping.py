@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fmnist import state, tracking
+from fmnist import database, state, tracking
 from fmnist.journal import Result
 from fmnist.state import signals
 from fmnist.sweeps import Sweep, Trial
@@ -86,7 +86,7 @@ class Standing:
 
 def known(sweep: Sweep) -> dict[str, Result]:
     """Fingerprints of the runs that the store or the disk knows of."""
-    return {**tracking.recorded(sweep.root), **state.at_hand(sweep.root)}
+    return {**database.recorded(sweep.root), **state.at_hand(sweep.root)}
 
 
 def source(sweep: Sweep) -> "Grid | Study":

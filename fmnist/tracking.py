@@ -4,7 +4,6 @@ mlflow itself is imported inside `connect`, after the settings that it reads onc
 """
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import io
@@ -12,13 +11,11 @@ import itertools
 import json
 import os
 import re
-import shlex
 import shutil
 import sqlite3
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
@@ -26,8 +23,9 @@ from urllib.parse import unquote
 import numpy as np
 
 from fmnist import spec as specs
+from fmnist.database import database, prepare, sqlite, told
 from fmnist.errors import StoreError, UserError
-from fmnist.journal import Point, Result
+from fmnist.journal import Point
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,33 +70,13 @@ VIEW_TAG = {
         }
     )
 }
-PATHS = "experiments.artifact_location", "runs.artifact_uri", "logged_models.artifact_location", "model_versions.storage_location"
 INFO = {
     **{"run_id": "run_id", "experiment_id": "experiment_id", "name": "run_name"},
     **{"status": "status", "start": "start_time", "end": "end_time"},
 }
 CURVES = ["train/loss", "train/accuracy", "train/lr", "val/loss", "val/accuracy"]
 REGISTERED, CHAMPION, MODEL_VERSIONS = "fmnist", "champion", "mlflow.modelVersions"
-RECORDED = """
-SELECT print.value, coalesce(outcome.value, CASE status WHEN 'FINISHED' THEN 'finished' END), run.run_uuid, accuracy.value FROM runs AS run
-JOIN tags AS print ON print.run_uuid = run.run_uuid AND print.key = 'fingerprint'
-LEFT JOIN tags AS outcome ON outcome.run_uuid = run.run_uuid AND outcome.key = 'outcome'
-LEFT JOIN latest_metrics AS accuracy ON accuracy.run_uuid = run.run_uuid AND accuracy.key = 'last/val_accuracy'
-WHERE lifecycle_stage = 'active' ORDER BY start_time
-"""
-PACES = """
-SELECT CAST(seconds.value AS REAL) / last.step FROM runs AS run
-JOIN tags AS seconds ON seconds.run_uuid = run.run_uuid AND seconds.key = 'training_s'
-JOIN latest_metrics AS last ON last.run_uuid = run.run_uuid AND last.key = 'train/lr' AND last.step > 0
-JOIN params AS width ON width.run_uuid = run.run_uuid AND width.key = 'model.hidden' AND width.value = :hidden
-JOIN params AS batch ON batch.run_uuid = run.run_uuid AND batch.key = 'train.batch_size' AND batch.value = :batch_size
-WHERE lifecycle_stage = 'active' ORDER BY start_time DESC LIMIT 20
-"""
 DATA_URL = "https://github.com/zalandoresearch/fashion-mnist"
-
-
-def database(root: Path) -> Path:
-    return root / "mlruns" / "mlflow.db"
 
 
 def uri(root: Path) -> str:
@@ -116,10 +94,10 @@ def connect(root: Path, create: bool = False) -> "Store":
     os.environ.update(SETTINGS)
     if specs.tracking_server():
         return Store(root)
-    with _told(f"{database(root)} can't be used", "make mlruns/ writable for you, restore the file, or move it away to start anew"):
+    with told(f"{database(root)} can't be used", "make mlruns/ writable for you, restore the file, or move it away to start anew"):
         if not create and not database(root).exists():
             raise StoreError(f"no runs are recorded in {root / 'mlruns'} yet; start one with: make run EXP=baseline")
-        _prepare(root)
+        prepare(root)
         return Store(root)
 
 
@@ -128,106 +106,10 @@ def server(root: Path, address: str) -> "Store":
     os.environ.update(SETTINGS)
     if not re.match(r"https?://[^/]", address):
         raise StoreError(f"given {specs.redacted(address)!r}; give the address of an MLflow server: http://... or https://...")
-    with _told(f"no MLflow server can be used at {specs.redacted(address)}", "start it, or see to MLFLOW_TRACKING_USERNAME and _PASSWORD"):
+    with told(f"no MLflow server can be used at {specs.redacted(address)}", "start it, or see to MLFLOW_TRACKING_USERNAME and _PASSWORD"):
         store = Store(root, address.rstrip("/"))
         store.identity()
         return store
-
-
-@contextlib.contextmanager
-def _told(problem: str, remedy: str) -> Iterator[None]:
-    """Make one line of whatever MLflow, a database damaged anywhere or a server that answers anything leads to."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except Exception as error:
-        [cause, *_] = str(error).splitlines() or [type(error).__name__]
-        raise StoreError(f"{problem}: {specs.redacted(cause)[:300]}; {remedy}") from None
-
-
-def _sqlite(path: Path) -> "contextlib.closing[sqlite3.Connection]":
-    """A database past MLflow; it is never created."""
-    return contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=20, isolation_level=None))
-
-
-def _prepare(root: Path) -> None:
-    """See to it that there is a local database, whole, which this MLflow can use where it lies now."""
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    if set("?%") & set(str(root)):
-        raise StoreError(f"{root}: SQLAlchemy can't open a file below a folder with ? or % in its name; rename the folder")
-    path, artifacts = database(root), root / "mlruns" / "artifacts"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.parent / ".lock", "w") as lock:  # MLflow's own creation is not safe when several processes begin at once
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            partial = path.with_suffix(".db.partial")
-            partial.unlink(missing_ok=True)
-            SqlAlchemyStore(f"sqlite:///{partial}", str(artifacts)).engine.dispose()
-            with _sqlite(partial) as connection:
-                connection.execute("PRAGMA journal_mode=WAL")  # it stays with the file: readers and the writer don't wait for each other
-            for left in path.parent.glob("mlflow.db-[sw][ah][lm]"):  # by a database that is gone; SQLite would take it for the new one's
-                left.rename(f"{left}.old")
-            partial.rename(path)
-        with _sqlite(path) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            connection.execute("DELETE FROM alembic_version WHERE 0")  # fails where nothing can be written, which BEGIN doesn't
-            _check_schema(path, *connection.execute("SELECT max(version_num) FROM alembic_version").fetchone())
-            _relocate(connection, artifacts)
-            connection.execute("COMMIT")
-        SqlAlchemyStore._get_or_create_engine(uri(root)).dispose()  # it keeps connections by path, to a file that is gone too
-
-
-def _check_schema(path: Path, found: str) -> None:
-    """Refuse the database of another MLflow: an older one would be migrated in place without a word."""
-    from mlflow.store.db.utils import ScriptDirectory, _get_alembic_config
-
-    newest, *older = (script.revision for script in ScriptDirectory.from_config(_get_alembic_config("")).walk_revisions())
-    if found in older:
-        upgrade = shlex.join([sys.executable, "-m", "mlflow", "db", "upgrade", f"sqlite:///{path}"])
-        raise StoreError(f"{path} is of an older MLflow (schema {found}, not {newest}); make a copy of it, then: {upgrade}")
-    if found != newest:
-        raise StoreError(f"{path} is of a newer MLflow (schema {found}, here {newest}); use the fmnist that wrote it")
-
-
-def _relocate(connection: sqlite3.Connection, here: Path) -> None:
-    """Where mlruns/ was moved or copied, turn the paths in its database to its place now; its oldest experiment tells the former."""
-    locations = connection.execute("SELECT artifact_location FROM experiments ORDER BY experiment_id")
-    folders = (Path(unquote(location.removeprefix("file://"))).parent for (location,) in locations)
-    there = next((folder for folder in folders if folder.is_absolute() and folder.parts[-2:] == here.parts[-2:]), here)
-    moves = [{"old": f"{old}/", "new": f"{new}/"} for old, new in ((there, here), (there.as_uri(), here.as_uri())) if old != new]
-    for table, column in (place.split(".") for place in PATHS):
-        changed = f"UPDATE {table} SET {column} = :new || substr({column}, length(:old) + 1) WHERE instr({column}, :old) = 1"
-        connection.executemany(changed, moves)
-
-
-def recorded(root: Path) -> dict[str, Result]:
-    """Fingerprints of the runs that are finished, diverged or pruned, and what is known of each; this process stays without MLflow."""
-    if database(root).exists() and specs.tracking_server() is None:
-        with _told(f"{database(root)} can't be read", "`fmnist doctor` says more"), _sqlite(database(root)) as connection:
-            rows = connection.execute(RECORDED).fetchall()
-    elif specs.tracking_server():
-        answer = subprocess.run([sys.executable, "-m", "fmnist", "runs", "--json"], capture_output=True, text=True)
-        found = json.loads(answer.stdout)["runs"] if answer.returncode == 0 else []  # there may be none yet
-        rows = [(run["fingerprint"], run["outcome"], run["run_id"], run["val_accuracy"]) for run in found]
-    else:
-        rows = []
-    counted = (row for row in rows if row[1] in ("finished", "diverged", "pruned"))
-    return {
-        fingerprint: Result(outcome, f"{outcome} already, as run {run_id[:8]}", accuracy)
-        for fingerprint, outcome, run_id, accuracy in counted
-    }
-
-
-def seconds_per_step(root: Path, spec: specs.ExperimentSpec) -> float | None:
-    """Of training this model at this batch size, the median of the local store's last runs; None where there is none."""
-    if not database(root).exists() or specs.tracking_server() is not None:
-        return None
-    flat = spec.flat()
-    with _told(f"{database(root)} can't be read", "`fmnist doctor` says more"), _sqlite(database(root)) as connection:
-        found = connection.execute(PACES, {"hidden": str(flat["model.hidden"]), "batch_size": str(flat["train.batch_size"])}).fetchall()
-    return float(np.median(found)) if found else None
 
 
 class Derived(NamedTuple):
@@ -320,7 +202,7 @@ class Store:
     def count(self, run_id: str, keys: Iterable[str]) -> dict[str, int]:
         """How many points of each metric the store holds."""
         if self.local:
-            with _sqlite(database(self.root)) as connection:
+            with sqlite(database(self.root)) as connection:
                 stored = dict(connection.execute("SELECT key, count(*) FROM metrics WHERE run_uuid = ? GROUP BY key", (run_id,)))
             return {key: stored.get(key, 0) for key in keys}
         return {key: len(self.client.get_metric_history(run_id, key)) for key in keys}
@@ -358,7 +240,7 @@ class Store:
         """Give a run its final status and its end; then refresh the statistics without which SQLite reads charts quadratically."""
         self.client.set_terminated(run_id, status, ended_ms)
         if self.local:
-            with contextlib.suppress(sqlite3.OperationalError), _sqlite(database(self.root)) as connection:
+            with contextlib.suppress(sqlite3.OperationalError), sqlite(database(self.root)) as connection:
                 connection.executescript("PRAGMA analysis_limit=400; ANALYZE")
 
     def reopen(self, run_id: str) -> None:
@@ -412,7 +294,7 @@ class Store:
                 return None
             raise
 
-    @_told("the model can't be registered", "see that the run has a model and the store is there")
+    @told("the model can't be registered", "see that the run has a model and the store is there")
     def register(self, run_id: str, description: str, tags: Mapping[str, Any], champion: bool = True) -> int:
         """Register a run's model with these tags, as the champion or not; returns its version."""
         model_id = self.client.get_run(run_id).outputs.model_outputs[0].model_id
@@ -433,7 +315,7 @@ class Store:
 
     # ---- reading back
 
-    @_told("the runs can't be read", "see that the store is there, or restore it from a copy")
+    @told("the runs can't be read", "see that the store is there, or restore it from a copy")
     def runs(self, status: str | None = "FINISHED", foreign: bool = False, group: str | None = None) -> "pd.DataFrame":
         """The runs of every experiment, oldest first: run_id, experiment_id, name, status, start, end, and p/, m/, t/ + parameter, metric, tag.
 
@@ -468,7 +350,7 @@ class Store:
 
         return pd.read_parquet(io.BytesIO(self.read(run_id, [name])[name]))
 
-    @_told("the metrics can't be read", "see that the store is there, or restore it from a copy")
+    @told("the metrics can't be read", "see that the store is there, or restore it from a copy")
     def histories(self, run_id: str) -> "pd.DataFrame":
         """What MLflow's history of a run's metrics holds of `curves`, for a run of another program: its names may be as in val_acc."""
         import pandas as pd
@@ -488,7 +370,7 @@ class Store:
 
     def read(self, run_id: str, names: Iterable[str]) -> dict[str, bytes]:
         """Artifacts of a run by name, and its manifest; raises StoreError where one is missing or not as the manifest has it."""
-        with _told(f"run {run_id}: its artifacts can't be read", "see that the store is there"):
+        with told(f"run {run_id}: its artifacts can't be read", "see that the store is there"):
             run, found = self.client.get_run(run_id), dict[str, bytes]()
             digests = {"manifest.json": run.data.tags.get("manifest_sha256")}
             for name in ("manifest.json", *names):
@@ -505,7 +387,7 @@ class Store:
 
         mlflow.set_tracking_uri(self.client.tracking_uri)
         mlflow.set_registry_uri(self.client.tracking_uri)
-        with _told(f"{uri} can't be loaded", "see that the store is there and holds its files"):
+        with told(f"{uri} can't be loaded", "see that the store is there and holds its files"):
             return mlflow.pyfunc.load_model(uri)
 
     def model_files(self, model_id: str, folder: Path) -> Path:
@@ -514,7 +396,7 @@ class Store:
         return Path(shutil.copytree(unquote(location.removeprefix("file://")), folder / "model"))
 
     def _artifact(self, info: Any, name: str) -> bytes:
-        with _told(f"run {info.run_id}: {name} can't be read", "where it is lost, restore it or train again"):
+        with told(f"run {info.run_id}: {name} can't be read", "where it is lost, restore it or train again"):
             if (place := _place(info)) is not None:  # MLflow's download takes some 20 ms each
                 return (place / name).read_bytes()
             with tempfile.TemporaryDirectory() as folder:
@@ -528,7 +410,7 @@ class Store:
 
     def download(self, run_id: str, artifact: str, folder: Path) -> Path:
         """Copy one artifact of a run below `folder`; raises StoreError where it can't be had."""
-        with _told(f"run {run_id}: {artifact} can't be read", "where it is lost, restore it or train again"):
+        with told(f"run {run_id}: {artifact} can't be read", "where it is lost, restore it or train again"):
             place = _place(self.client.get_run(run_id).info)
             if place is not None and (place / artifact).is_dir():
                 return Path(shutil.copytree(place / artifact, folder / artifact, dirs_exist_ok=True))

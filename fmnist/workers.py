@@ -82,7 +82,7 @@ def serve(pipe: Connection, root: Path, sync: bool) -> None:
 
 def train(job: Job, root: Path, sync: bool, claims: Any, pipe: Connection) -> dict[int, dict[str, Any] | None]:
     """Train those of the job's runs that nobody else has; how each ended."""
-    from fmnist import runner, tracking
+    from fmnist import database, runner
     from fmnist import spec as specs
 
     numbers = {resolved.spec.fingerprint: number for number, resolved in job.items()}
@@ -108,7 +108,7 @@ def train(job: Job, root: Path, sync: bool, claims: Any, pipe: Connection) -> di
     context = runner.Context(root, sync, lambda text: None, watch, prune, wait=False)
     claimed = [resolved for resolved in job.values() if claims.take(resolved.spec.fingerprint)]
     try:
-        recorded = tracking.recorded(root) if specs.tracking_server() is None else {}  # the sweep has asked the server
+        recorded = database.recorded(root) if specs.tracking_server() is None else {}  # the sweep has asked the server
         wanted = runner.missing(claimed, recorded, context)
         outcomes = [dataclasses.asdict(outcome) for outcome in (runner.run(wanted, context) if wanted else [])]
     except (FmnistError, OSError) as error:

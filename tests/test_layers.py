@@ -23,14 +23,15 @@ ALLOWED = {
     "training": {"checkpoint", "engine", "state", "spec", "errors"},
     "runner": {"experiments", "checkpoint", "data", "engine", "environment", "journal", "state", "training", "spec", "errors"},
     "verify": {"experiments", "checkpoint", "data", "engine", "environment", "journal", "spec", "errors"},
-    "tracking": {"spec", "journal", "errors"},
+    "database": {"spec", "journal", "errors"},
+    "tracking": {"database", "spec", "journal", "errors"},
     "sweeps": {"experiments", "spec", "errors"},
     "search": {"journal", "spec", "sweeps"},
-    "workers": {"engine", "experiments", "runner", "state", "tracking", "training", "spec", "errors"},
+    "workers": {"database", "engine", "experiments", "runner", "state", "training", "spec", "errors"},
     "cluster": {"data", "experiments", "runner", "training", "workers", "spec", "errors"},
     "sweep_run": {"journal", "plots", "search", "sweeps", "tracking"},
-    "sweeping": {"journal", "runner", "search", "state", "sweep_run", "sweeps", "tracking", "training", "workers"},
-    "display": {"sweeping", "training"},
+    "sweeping": {"database", "journal", "runner", "search", "state", "sweep_run", "sweeps", "tracking", "training", "workers"},
+    "display": {"journal", "spec", "sweeping", "training"},
     "moving": {"groups", "journal", "tracking", "errors"},
     "serving": {"plots", "tracking", "errors"},
     "compare": {"spec", "errors"},
@@ -41,8 +42,8 @@ ALLOWED = {
     "readme": {"compare", "experiments", "spec", "errors"},
     "report": {"changes", "compare", "plots", "readme", "tracking", "spec", "errors"},
     "sidecar": {"checkpoint", "data", "model", "journal", "state", "groups", "plots", "spec", "errors", "tracking"},
-    "api": {"compare", "experiments", "groups", "runner", "training", "tracking", "spec"},
-    "doctor": {"data", "journal", "state", "spec", "errors", "tracking"},
+    "api": {"compare", "database", "experiments", "groups", "runner", "training", "tracking", "spec"},
+    "doctor": {"database", "data", "journal", "state", "spec", "errors", "tracking"},
     "cli": {
         "spec",
         "experiments",
@@ -60,6 +61,7 @@ ALLOWED = {
         "api",
         "promotion",
         "cluster",
+        "database",
         "display",
         "moving",
         "serving",
@@ -70,7 +72,7 @@ ALLOWED = {
 }
 OUTSIDE = {
     "torch": {"data", "model", "optim", "engine", "checkpoint", "environment", "verify", "sidecar"},
-    "mlflow": {"tracking"},
+    "mlflow": {"tracking", "database"},
     "optuna": {"search"},
     "ray": {"cluster"},
     "matplotlib": {"plots"},
@@ -116,7 +118,7 @@ def test_code_stays_small() -> None:
     lines = [line for path in PACKAGE.glob("*.py") for line in path.read_text().splitlines()]
     assert sum(bool(line.strip()) for line in lines) < 6_200  # docstrings and imports count, the formatter's blank lines do not
     assert len(lines) < 7_600  # nor with them does it grow back
-    assert max(path.read_text().count("\n") for path in PACKAGE.glob("*.py")) < 620
+    assert max(path.read_text().count("\n") for path in PACKAGE.glob("*.py")) < 560
     for path in PACKAGE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):

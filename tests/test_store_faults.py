@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from conftest import SMALL, command, free_port, make_home, stop_sidecar
 
-from fmnist import experiments, tracking
+from fmnist import database, experiments, tracking
 from fmnist.errors import StoreError
 
 pytestmark = pytest.mark.slow
@@ -317,7 +317,7 @@ def test_a_store_that_may_not_be_written_is_told_in_one_line(recorded: Recorded)
         for name, close in closed.items():
             mlruns = recorded.copy(parent / name) / "mlruns"
             with sqlite(parent / name) as connection:
-                tracking._relocate(connection, mlruns / "artifacts")  # else every one of them would have to be written to
+                database._relocate(connection, mlruns / "artifacts")  # else every one of them would have to be written to
             for suffix in ("-wal", "-shm"):
                 Path(f"{mlruns}/mlflow.db{suffix}").unlink(missing_ok=True)
             for path in [mlruns, *mlruns.rglob("*")]:

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from conftest import Fmnist, command, make_home, start, stop_sidecar, wait_for
 
-from fmnist import journal, state, sweep_run, sweeps, tracking
+from fmnist import database, journal, state, sweep_run, sweeps, tracking
 
 pytestmark = pytest.mark.usefixtures("with_store")
 TINY = "extends: holdout\ntrain:\n  epochs: {epochs}\n  batch_size: {batch}\n  eval_every: {every}\nmodel:\n  hidden: [32]\n"
@@ -159,7 +159,7 @@ def test_workers_and_sweeps_that_are_killed_leave_exactly_the_set(fmnist: Fmnist
         )
         while process.poll() is None:
             time.sleep(chance.uniform(1.0, 7.0))
-            if stop_after is not None and len(state.at_hand(home)) + len(tracking.recorded(home)) >= stop_after:
+            if stop_after is not None and len(state.at_hand(home)) + len(database.recorded(home)) >= stop_after:
                 process.kill()
                 kills["sweep"] += 1
                 break
