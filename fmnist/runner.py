@@ -17,7 +17,7 @@ from fmnist import checkpoint, data, environment, experiments
 from fmnist import engine as engines
 from fmnist import spec as specs
 from fmnist.errors import Diverged, SpecError, StoreError
-from fmnist.journal import Result, from_curves, read
+from fmnist.journal import Result, from_curves
 from fmnist.state import Journal, StateFolder, at_hand, carrier_lock, is_locked, now_ms, signals, start_carrier, state_folder, state_folders
 from fmnist.training import Outcome, Stack, State, Training
 
@@ -46,11 +46,12 @@ Beginning = tuple[Journal, State | None]  # the journal to write, and the checkp
 
 
 class Request(NamedTuple):
-    """A run that is wanted, and how to begin it in an environment."""
+    """A run that is wanted: how to take up an interrupted one of it, if that is to be, and else how to start one in an environment."""
 
     spec: specs.ExperimentSpec
     command: str
-    begin: Callable[[dict[str, Any]], Beginning]
+    take_up: Callable[[], Beginning | None]
+    start: Callable[[dict[str, Any]], Beginning]
 
 
 def run(wanted: Sequence[experiments.Resolved], context: Context, fresh: bool = False, resume: StateFolder | None = None) -> list[Outcome]:
@@ -75,12 +76,12 @@ def _request(resolved: experiments.Resolved, context: Context, fresh: bool, resu
     if resume is not None and (differences := spec.differences(resume.spec.flat())):
         raise SpecError(f"{resume.path.name} can't be continued with another spec: {differences}")
 
-    def begin(now: dict[str, Any]) -> Beginning:
+    def take_up() -> Beginning | None:
         same = [folder for folder in state_folders(context.root) if folder.run.get("fingerprint") == spec.fingerprint]
         here = [folder for folder in same if context.store is None or folder.run["store"] in (None, context.store)]
         interrupted = [folder for folder in here if folder.resumable]
         if resume or (interrupted and not fresh):
-            return _continue(resume or interrupted[-1], spec, now, context)
+            return _take_up(resume or interrupted[-1], spec, context)
         for folder in interrupted:
             given_up = Journal.resume(folder)
             given_up.event("end", status="KILLED", reason="given up for a fresh run", resumable=False)
@@ -89,9 +90,12 @@ def _request(resolved: experiments.Resolved, context: Context, fresh: bool, resu
         for folder in same:
             if folder.running:
                 context.say(f"{folder.path.name} has the same spec and is being trained by {folder.holder}; this is another run beside it")
+        return None
+
+    def start(now: dict[str, Any]) -> Beginning:
         return Journal.create(context.root, spec, resolved.display_name, now, context.store), None
 
-    return Request(spec, resolved.command, begin)
+    return Request(spec, resolved.command, take_up, start)
 
 
 def extend(origin: Path, run_id: str, name: str, epochs: int, context: Context) -> Outcome:
@@ -118,7 +122,7 @@ def extend(origin: Path, run_id: str, name: str, epochs: int, context: Context) 
     if state["step"] != before.steps:
         raise SpecError(f"{refuse}it ended at step {state['step']:,} of {before.steps:,}")
 
-    def begin(now: dict[str, Any]) -> Beginning:
+    def start(now: dict[str, Any]) -> Beginning:
         records = from_curves(spec, curves, before.steps, now_ms())
         longer_name = f"{re.sub(' epochs=[0-9]+', '', name)} epochs={epochs}"
         journal = Journal.create(context.root, spec, longer_name, now, context.store, run_id, records)
@@ -127,7 +131,7 @@ def extend(origin: Path, run_id: str, name: str, epochs: int, context: Context) 
         context.say(f"extending run {run_id} from step {before.steps:,} to {spec.steps:,}")
         return journal, state
 
-    return _train([Request(spec, f"fmnist extend {run_id} --epochs {epochs}", begin)], context)[0]
+    return _train([Request(spec, f"fmnist extend {run_id} --epochs {epochs}", lambda: None, start)], context)[0]
 
 
 def _train(requests: Sequence[Request], context: Context) -> list[Outcome]:
@@ -162,20 +166,30 @@ def _train(requests: Sequence[Request], context: Context) -> list[Outcome]:
 
 def _begin(requests: Sequence[Request], dataset: data.Dataset, context: Context) -> list[Stack]:
     """Begin these runs, or continue them; those that are at the same step are one stack."""
-    begun: dict[int, list[tuple[Request, Journal, State | None]]] = {}
+    together: dict[int, list[tuple[Request, Beginning | None]]] = {}
     try:
         for request in requests:
-            journal, state = request.begin(environment.collect(request.command, dataset.train.images.device, len(requests)))
-            begun.setdefault(state["step"] if state else 0, []).append((request, journal, state))
-    except OSError as error:
-        mlruns, why = context.root / "mlruns", error.strerror or error
-        raise StoreError(f"{mlruns}: can't be written: {why}; mend that or set FMNIST_HOME to another folder") from None
-    return [_stack(members, dataset) for members in begun.values()]
+            taken = request.take_up()
+            together.setdefault(taken[1]["step"] if taken and taken[1] else 0, []).append((request, taken))
+        return [_stack(members, dataset, context) for members in together.values()]
+    except BaseException as error:
+        for taken in [taken for members in together.values() for _, taken in members if taken]:
+            taken[0].release()
+        if not isinstance(error, OSError):
+            raise
+        what = f"{context.root / 'mlruns'}: can't be written: {error.strerror or error}"
+        raise StoreError(f"{what}; mend that or set FMNIST_HOME to another folder") from None
 
 
-def _stack(members: Sequence[tuple[Request, Journal, State | None]], dataset: data.Dataset) -> Stack:
-    stack = Stack(engines.Engine([request.spec for request, _, _ in members], dataset))
-    for member, (request, journal, state) in enumerate(members):
+def _stack(members: Sequence[tuple[Request, Beginning | None]], dataset: data.Dataset, context: Context) -> Stack:
+    begun = list[tuple[Request, Journal, State | None]]()
+    for request, taken in members:
+        now = environment.collect(request.command, dataset.train.images.device, len(members))
+        if taken:
+            _go_on(*taken, request.spec, now, context)
+        begun.append((request, *(taken or request.start(now))))
+    stack = Stack(engines.Engine([request.spec for request, _, _ in begun], dataset))
+    for member, (request, journal, state) in enumerate(begun):
         outcome = Outcome(journal.folder.name, StateFolder.at(journal.folder).run["name"])
         stack.trainings.append(Training(request.spec, stack, member, journal, outcome))
         if state is not None:
@@ -183,29 +197,36 @@ def _stack(members: Sequence[tuple[Request, Journal, State | None]], dataset: da
     return stack
 
 
-def _continue(folder: StateFolder, spec: specs.ExperimentSpec, now: dict[str, Any], context: Context) -> Beginning:
+def _take_up(folder: StateFolder, spec: specs.ExperimentSpec, context: Context) -> Beginning:
     """Take up an interrupted run at the newest checkpoint that is whole and that its journal reaches."""
     store = folder.run["store"]
     if context.store is not None and store not in (None, context.store):
         raise StoreError(f"{folder.path.name} is for {store}: set or unset MLFLOW_TRACKING_URI accordingly, or give --no-sync")
-    here, records = environment.facts(now), read(folder.path / "journal")[0]
-    places = [environment.facts(folder.environment), *(record.fields["environment"] for record in records if record.kind == "resume")]
-    changed = [environment.differences(place, here) for place in places]
-    other = sorted({f"{key} {change[key]}" for change in changed for key in environment.BITS if key in change})
-    journal = Journal.resume(folder, exact=not other)
+    journal = Journal.resume(folder)
     try:
         state = _newest_checkpoint(journal, spec, context.say)
         if context.store is not None:
             folder.assign(context.store)
-        step = state["step"] if state else 0
-        context.say(f"continuing {folder.path.name} at step {step:,} of {spec.steps:,} (--fresh would start anew)")
-        if other:
-            context.say(f"it began elsewhere, so what is computed from here on may differ in its last bits: {', '.join(other)}")
-        journal.event("resume", step=step, environment=here)
     except BaseException:
         journal.release()
         raise
     return journal, state
+
+
+def _go_on(journal: Journal, state: State | None, spec: specs.ExperimentSpec, now: dict[str, Any], context: Context) -> None:
+    """Record that a run goes on in this environment; where that is another than before, its last bits are not compared."""
+    folder, here, step = StateFolder.at(journal.folder), environment.facts(now), state["step"] if state else 0
+    before = [
+        environment.facts(folder.environment),
+        *(record.fields["environment"] for record in journal.records if record.kind == "resume"),
+    ]
+    changed = [environment.differences(place, here) for place in before]
+    other = sorted({f"{key} {change[key]}" for change in changed for key in environment.BITS if key in change})
+    context.say(f"continuing {folder.path.name} at step {step:,} of {spec.steps:,} (--fresh would start anew)")
+    if other:
+        context.say(f"it began elsewhere, so what is computed from here on may differ in its last bits: {', '.join(other)}")
+    journal.exact = not other
+    journal.event("resume", step=step, environment=here)
 
 
 def _newest_checkpoint(journal: Journal, spec: specs.ExperimentSpec, say: Callable[[str], None]) -> State | None:

@@ -140,10 +140,8 @@ def sync(root: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
     if all(_settled(folder) for folder in state_folders(root)) and not tracking.exists(root):
         return results
     lock = carrier_lock(root, store_name())
-    with contextlib.suppress(
-        FileNotFoundError, ValueError, ProcessLookupError
-    ):  # it may be ended at any moment, and would idle on for a while
-        if is_locked(lock):
+    with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):  # it may end at any moment
+        if is_locked(lock):  # and would idle on for a while
             os.kill(int(lock.read_text()), signal.SIGTERM)
     with _sole_carrier(root, wait=True):
         store = tracking.connect(root, create=True)

@@ -88,10 +88,10 @@ def signals() -> Iterator[list[int]]:
 class Journal:
     """The state folder of a run that is training: made whole before it is visible, locked until the trainer ends."""
 
-    def __init__(self, folder: Path, lock: int, records: Sequence[Record], size: int = 0, exact: bool = True) -> None:
+    def __init__(self, folder: Path, lock: int, records: Sequence[Record], size: int = 0) -> None:
         self.folder, self.records, self.recorded, self.size = folder, records, Recorded(records), size
         self.elapsed_s: float = max((record.fields["elapsed_s"] for record in records if record.kind == "train"), default=0.0)
-        self._lock, self._exact = lock, exact
+        self._lock, self.exact = lock, True  # whether what is computed again has to equal what is on record
         self._file = os.open(folder / "journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
         os.ftruncate(self._file, size)  # what is torn off at its end is cut
         os.ftruncate(lock, 0)
@@ -135,7 +135,7 @@ class Journal:
         return made
 
     @classmethod
-    def resume(cls, state: "StateFolder", exact: bool = True) -> Self:
+    def resume(cls, state: "StateFolder") -> Self:
         """Go on with a run that stopped; raises StoreError where another process has it, it has ended, or MLflow holds more of it."""
         try:
             lock = os.open(state.path / "lock", os.O_RDWR | os.O_CLOEXEC)
@@ -155,7 +155,7 @@ class Journal:
                 raise StoreError(f"{journal} is damaged at byte {end:,}, where MLflow holds more already; --fresh starts another run")
             if not state.unfinished or not state.path.exists():
                 raise StoreError(f"{state.path.name} has ended, there is nothing to continue; `fmnist sync` carries it into MLflow")
-            return cls(state.path, lock, records, end, exact)
+            return cls(state.path, lock, records, end)
         except BaseException:
             os.close(lock)
             raise
@@ -188,7 +188,7 @@ class Journal:
         self._append(Record(kind, {"t": now_ms(), **fields}))
 
     def _compare(self, unequal: list[Unequal]) -> None:
-        if unequal and self._exact:
+        if unequal and self.exact:
             first = min(unequal, key=lambda difference: difference.step)
             raise Irreproducible(f"this machine does not repeat its own results: {first}; start anew with --fresh")
 

@@ -121,9 +121,11 @@ def test_runs_of_a_stack_that_stopped_at_different_steps_go_on_from_there(tmp_pa
     assert in_child(train) == -signal.SIGKILL
     said: list[str] = []
     assert [outcome.status for outcome in run(tmp_path / "cut", wanted, said)] == ["FINISHED"] * 3
-    assert [line.split(" at step ")[1].split()[0] for line in said if "continuing" in line] == ["30", "10", "30"]
+    assert [line.split(" at step ")[1].split()[0] for line in said if "continuing" in line] == ["30", "30", "10"]
     for spec, found in records(tmp_path / "cut").values():
         assert_alike(found, alone(tmp_path / str(spec.train.seed), spec))
+        resumed = [record.fields["environment"]["stack"] for record in found if record.kind == "resume"]
+        assert resumed == [1 if spec.train.seed == 1 else 2]  # those at the same step go on together, and are recorded so
 
 
 def test_a_run_of_a_stack_goes_on_alone_and_says_that_bits_may_differ(tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def test_a_sweep_trains_its_set_and_then_only_what_is_missing(fmnist: Fmnist, ho
     assert (len(runs(home)), sweep_runs(home)[0].info.run_id) == (6, again.info.run_id)
 
 
+@pytest.mark.slow
 def test_a_bad_trial_does_not_end_the_others(fmnist: Fmnist, home: Path) -> None:
     lay_out(home, "base: tiny\ngrid:\n  optimizer.lr: [0.01, 900]\n  optimizer.weight_decay: [0.0, 10]\n")
     answer = json.loads(fmnist("sweep", "it", "--jobs", "2", "--json").stdout)
