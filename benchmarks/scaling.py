@@ -21,7 +21,7 @@ from whole_run import stop_sidecar
 from fmnist import tracking
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-EPOCHS, RUNS, WORKER_RUNS = (10, 20, 40, 80), (1, 8, 64), 4
+EPOCHS, RUNS, WORKER_RUNS = (10, 20, 40, 80), (1, 8, 64), 8
 
 
 class Measured(NamedTuple):

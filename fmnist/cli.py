@@ -57,11 +57,16 @@ def _answer(value: dict[str, Any], lines: Iterable[str], as_json: bool, exit_cod
         raise typer.Exit(exit_code)
 
 
-def _complete_experiment(incomplete: str) -> list[str]:
-    from fmnist import experiments
+def _home() -> Path:
     from fmnist import spec as specs
 
-    return [name for name in experiments.names(specs.home()) if name.startswith(incomplete)]
+    return specs.home()
+
+
+def _complete_experiment(incomplete: str) -> list[str]:
+    from fmnist import experiments
+
+    return [name for name in experiments.names(_home()) if name.startswith(incomplete)]
 
 
 EXPERIMENT = typer.Argument(metavar="EXP", help="An experiment: the name of a file in experiments/.", autocompletion=_complete_experiment)
@@ -87,9 +92,8 @@ def run(
 ) -> None:
     """Train an experiment and record it; an interrupted run of the same spec is continued."""
     from fmnist import experiments, state
-    from fmnist import spec as specs
 
-    root = specs.home()
+    root = _home()
     folder = None if resume is None else state.find(root, resume)
     if fresh and resume:
         raise UserError("--fresh starts anew and --resume goes on; give one of the two")
@@ -145,11 +149,10 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Train a run again from its stored spec and compare, bit for bit; exit 1 where it comes out otherwise."""
-    from fmnist import spec as specs
     from fmnist import verify as verification
 
     with _recorded(run, None, verification.ARTIFACTS) as (found, folder):
-        result = verification.verify(folder, specs.home(), steps, _tell)
+        result = verification.verify(folder, _home(), steps, _tell)
     compared = f"{result.steps:,} steps, {result.evaluations} evaluations{' and the weights' if result.weights else ''}"
     lines = [f"{found['name']} ({found['run_id']}): {compared} trained again", "equal, bit for bit"]
     if result.unequal:
@@ -161,10 +164,9 @@ def verify(
 @contextmanager
 def _recorded(text: str, status: str | None, artifacts: "Sequence[str]") -> "Iterator[tuple[pd.Series, Path]]":
     """A run in the store, and a folder with these of its artifacts, each verified."""
-    from fmnist import spec as specs
     from fmnist import tracking
 
-    store = tracking.connect(specs.home())
+    store = tracking.connect(_home())
     found = tracking.the_one(store.runs(status), text)
     with tempfile.TemporaryDirectory(prefix="fmnist-") as folder:
         store.artifacts(found["run_id"], artifacts, Path(folder))
@@ -174,10 +176,9 @@ def _recorded(text: str, status: str | None, artifacts: "Sequence[str]") -> "Ite
 def _train(start: "Callable[[Context], list[Outcome]]", no_sync: bool, as_json: bool, many: bool = False) -> None:
     """Train, show how it goes, and tell how each run ended; exits with the worst of their codes."""
     from fmnist import display, runner, tracking
-    from fmnist import spec as specs
 
     with display.run(as_json) as watch:
-        outcomes = start(runner.Context(specs.home(), not no_sync, _tell, watch))
+        outcomes = start(runner.Context(_home(), not no_sync, _tell, watch))
     for outcome in outcomes:
         if outcome.reason and not as_json:
             _tell(outcome.reason)
@@ -204,13 +205,12 @@ def sweep(
 ) -> None:
     """Train what is missing of a sweep: the same command goes on with it, and several at once share it."""
     from fmnist import display, sweeping, sweeps
-    from fmnist import spec as specs
 
     if on not in ("local", "ray") or (on == "local" and address):
         raise UserError(
             f"--on: given {on!r}{' with --address' if address else ''}; give local, or ray (with --address, or RAY_ADDRESS set)"
         )
-    root = specs.home()
+    root = _home()
     found = sweeps.load(name, root)
 
     def start() -> "sweeping.Workers":
@@ -240,9 +240,8 @@ def sweep(
 def show(exp: Annotated[str, EXPERIMENT], overrides: Overrides = [], as_json: Json = False) -> None:
     """Print the resolved spec, where each value comes from, and what the run would do; of a sweep its trials, what they cost, what is done."""
     from fmnist import experiments, sweeps
-    from fmnist import spec as specs
 
-    if exp in sweeps.names(specs.home()) and exp not in experiments.names(specs.home()):
+    if exp in sweeps.names(_home()) and exp not in experiments.names(_home()):
         if overrides:
             raise UserError(f"{exp} is a sweep: what it varies stands in {sweeps.place(exp)}; --set is for experiments")
         _show_sweep(exp, as_json)
@@ -278,9 +277,8 @@ def _show_experiment(resolved: "Resolved", as_json: bool) -> None:
 
 def _show_sweep(name: str, as_json: bool) -> None:
     from fmnist import database, display, sweeping, sweeps
-    from fmnist import spec as specs
 
-    found = sweeps.load(name, specs.home())
+    found = sweeps.load(name, _home())
     standing = sweeping.look(found)
     left = standing.total - len(standing.results)
     pace = database.seconds_per_step(found.root, found.base.spec)
@@ -302,9 +300,8 @@ def _show_sweep(name: str, as_json: bool) -> None:
 def list_experiments(as_json: Json = False) -> None:
     """List the experiments and sweeps with their questions."""
     from fmnist import experiments, sweeps
-    from fmnist import spec as specs
 
-    root = specs.home()
+    root = _home()
     _look_after(root)
     names, swept = experiments.names(root), sweeps.names(root)
     if not names and not as_json:
@@ -335,10 +332,9 @@ def list_experiments(as_json: Json = False) -> None:
 @app.command("runs")
 def list_runs(as_json: Json = False) -> None:
     """List what is recorded: a line per run, oldest first."""
-    from fmnist import spec as specs
     from fmnist import tracking
 
-    root = specs.home()
+    root = _home()
     _look_after(root)
     found = tracking.connect(root).runs(status=None)
     columns = {"name": "name", "status": "status", "outcome": "t/outcome", "seed": "t/seed", "val_accuracy": "m/last/val_accuracy"}
@@ -384,11 +380,10 @@ def promote(
 ) -> None:
     """Register a run's model, and make it the champion if it beats the champion on the same held-out images; exit 1 if it does not."""
     from fmnist import promotion, tracking
-    from fmnist import spec as specs
 
     if rollback == (run is not None):
         raise UserError("give a run to promote, or --rollback to undo the last promotion")
-    store = tracking.connect(specs.home())
+    store = tracking.connect(_home())
     found = promotion.roll_back(store) if run is None else promotion.promote(store, run, because)
     _answer(dataclasses.asdict(found), found.lines, as_json, 0 if found.champion else 1)
 
@@ -416,9 +411,8 @@ def _look_after(root: Path) -> None:
 def doctor(as_json: Json = False) -> None:
     """Look at environment, data, store and unfinished runs, and say what to do; exit 1 if there is anything."""
     from fmnist import doctor as doctors
-    from fmnist import spec as specs
 
-    found = list(doctors.findings(specs.home()))
+    found = list(doctors.findings(_home()))
     lines = [f"ok  {finding.what}" if finding.remedy is None else f"!!  {finding.what}\n      {finding.remedy}" for finding in found]
     troubled = any(finding.remedy for finding in found)
     _answer({"findings": [dataclasses.asdict(finding) for finding in found]}, lines, as_json, 1 if troubled else 0)
@@ -428,10 +422,9 @@ def doctor(as_json: Json = False) -> None:
 def fetch_data(as_json: Json = False) -> None:
     """Fetch and verify Fashion-MNIST."""
     from fmnist import data
-    from fmnist import spec as specs
 
-    folder = data.raw_folder(specs.home())
-    data.ensure(specs.home(), _tell)
+    folder = data.raw_folder(_home())
+    data.ensure(_home(), _tell)
     lines = [f"Fashion-MNIST is whole in {folder} (4 files, SHA-256 checked)"]
     _answer({"folder": str(folder), "sha256": data.SHA256, "digest": data.DIGEST}, lines, as_json)
 
@@ -482,10 +475,9 @@ def report(
 ) -> None:
     """Write reports/: report.html, each run's figures, overlays, and a table of what differs."""
     from fmnist import report as reports
-    from fmnist import spec as specs
     from fmnist import tracking
 
-    root = specs.home()
+    root = _home()
     _look_after(root)
     written = reports.write(tracking.connect(root), root / "reports", runs, update_readme=update_readme)
     if not as_json:
@@ -531,9 +523,8 @@ def serve(
 ) -> None:
     """Answer requests with a model's predictions, on this machine only; Ctrl-C stops it."""
     from fmnist import serving, tracking
-    from fmnist import spec as specs
 
-    root = specs.home()
+    root = _home()
     serving.check_port(port, "serve")
     uri = serving.model_uri(tracking.connect(root), model)
     command, log = tracking.model_server_command(uri, port), root / "mlruns" / "serve.log"
@@ -551,9 +542,8 @@ def predict(
 ) -> None:
     """Say what a model takes pictures for."""
     from fmnist import serving, tracking
-    from fmnist import spec as specs
 
-    found = serving.predict(tracking.connect(specs.home()), model, images, invert)
+    found = serving.predict(tracking.connect(_home()), model, images, invert)
     wide = max(len(each["image"]) for each in found)
     lines = [f"{each['image']:<{wide}}  {each['class']:<12} {each['probabilities'][each['class']]:.3f}" for each in found]
     _answer({"predictions": found}, lines, as_json)

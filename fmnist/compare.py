@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special  # whose names are terse, but scipy.stats takes half a second to import
 
 from fmnist import spec as specs
 from fmnist.errors import UserError
@@ -203,7 +203,7 @@ class Estimate:
     @property
     def interval(self) -> tuple[Any, Any]:
         """The 95 % interval over new seeds and new images."""
-        half = stats.t.isf(LEVEL / 2, self.df) * self.error
+        half = special.stdtrit(self.df, 1 - LEVEL / 2) * self.error
         return self.difference - half, self.difference + half
 
     @property
@@ -212,7 +212,7 @@ class Estimate:
         # What rounding leaves of equal accuracies is no difference.
         difference, error = np.round([np.abs(self.difference), self.error], 12)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.nan_to_num(2 * stats.t.sf(difference / error, self.df), nan=1.0)
+            return np.nan_to_num(2 * special.stdtr(self.df, -difference / error), nan=1.0)
 
 
 def paired(reference: np.ndarray, other: np.ndarray) -> Estimate:
@@ -267,7 +267,7 @@ def sign_flip(counts: np.ndarray) -> float:
 
 def mcnemar(only_reference: int, only_other: int) -> float:
     """The exact p-value of two models' disagreements: images that one gets right and the other wrong (McNemar, Psychometrika 12, 1947)."""
-    return float(stats.binomtest(only_other, only_reference + only_other).pvalue) if only_reference + only_other else 1.0
+    return min(1.0, 2 * float(special.bdtr(min(only_reference, only_other), only_reference + only_other, 0.5)))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -292,13 +292,13 @@ def seeds_needed(
         def power(n: int) -> float:
             df = rate * (n - 1)
             shift = detect / max(np.sqrt(variance / n + image_variance), detect / 30)  # the power is 1 long before 30
-            critical = stats.t.isf(level / 2, df)
-            return float(stats.nct.sf(critical, df, shift) + stats.nct.cdf(-critical, df, shift))
+            critical = special.stdtrit(df, 1 - level / 2)
+            return float(1 - special.nctdtr(df, shift, critical) + special.nctdtr(df, shift, -critical))
 
         found = bisect_left(range(MOST_SEEDS + 1), POWER, lo=least, key=power)
         return found if found <= MOST_SEEDS else None
 
-    low, high = df / stats.chi2.isf([LEVEL / 2, 1 - LEVEL / 2], df)
+    low, high = df / special.chdtri(df, [LEVEL / 2, 1 - LEVEL / 2])
     return first(total), first(total * low), first(total * high)
 
 
@@ -516,7 +516,7 @@ def _notes(found: Comparison, adjusted_p: float, tested: int) -> tuple[str, ...]
 def _outlook(found: Comparison, tested: int, detect: float) -> str:
     """What more seeds would give."""
     now, needed, ends = min(found.n), found.seeds_needed, found.seeds_range or (None, None)
-    if (found.se_images or 0) * (stats.norm.isf(LEVEL / 2 / tested) + stats.norm.isf(1 - POWER)) >= detect:
+    if (found.se_images or 0) * (special.ndtri(1 - LEVEL / 2 / tested) + special.ndtri(POWER)) >= detect:
         return f"no number of seeds would resolve a difference of {detect:g}: these images alone leave a standard error of {found.se_images:.4f}"
     if needed is None:
         return f"to resolve a difference of {detect:g} takes more than {MOST_SEEDS:,} seeds of each"

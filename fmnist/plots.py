@@ -15,7 +15,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
-from scipy import stats
+from scipy import special
 
 SMOOTHING = 50
 """The smoothed training curve has about this many independent windows over a run."""
@@ -155,7 +155,7 @@ def smoothing(frame: pd.DataFrame) -> int:
 def _mean(runs: Sequence[pd.DataFrame]) -> pd.DataFrame:
     together = pd.concat([run.set_index("step", drop=False) for run in runs], axis=1, join="inner")
     n, mean = len(runs), pd.DataFrame({axis: together[[axis]].mean(axis=1) for axis in (*AXES, "value")})
-    half = stats.t.isf(0.025, n - 1) * together[["value"]].std(axis=1) / np.sqrt(n) if n >= LEAST_RUNS else np.nan
+    half = special.stdtrit(n - 1, 0.975) * together[["value"]].std(axis=1) / np.sqrt(n) if n >= LEAST_RUNS else np.nan
     return mean.assign(low=mean["value"] - half, high=mean["value"] + half)
 
 
@@ -260,7 +260,7 @@ def logarithmic(values: Sequence[float]) -> bool:
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """The mean and the ends of its 95 % t interval over new seeds; of fewer values than LEAST_RUNS there is none, and they are the mean."""
     n, mean = len(values), float(np.mean(values))
-    half = float(stats.t.isf(0.025, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n >= LEAST_RUNS else 0.0
+    half = float(special.stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(n)) if n >= LEAST_RUNS else 0.0
     return mean, mean - half, mean + half
 
 

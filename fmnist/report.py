@@ -61,7 +61,6 @@ def write(store: Store, folder: Path, wanted: Sequence[str], update_readme: bool
     runs.insert(0, "label", runs["name"].where(~runs["name"].duplicated(keep=False), runs["name"] + " " + runs["run_id"].str[:6]))
     files += _copy_figures(store, runs, folder / "runs", notes)
     curves, predictions = _read(store, runs, notes)
-    runs = _with_last_results(runs, curves)
     groups = compare.groups(runs)
     if wanted:
         groups.sort(key=lambda group: int(np.argmax([_fits(group.members, text).any() for text in wanted])))
@@ -149,16 +148,6 @@ def _read(store: Store, runs: pd.DataFrame, notes: list[str]) -> tuple[Frames, F
         except StoreError as error:
             notes.append(str(error))
     return curves, predictions
-
-
-def _with_last_results(runs: pd.DataFrame, curves: Frames) -> pd.DataFrame:
-    """With the last evaluation of runs by other programs, which don't say what is their result."""
-    for name in ("accuracy", "loss"):
-        column = f"m/last/val_{name}"
-        last = {run_id: frame[f"val/{name}"].dropna().iloc[-1:].mean() for run_id, frame in curves.items()}
-        found = runs["run_id"].map(last).where(~_own(runs))
-        runs = runs.assign(**{column: runs[column].fillna(found) if column in runs else found})
-    return runs.dropna(axis=1, how="all")
 
 
 # ---- what is compared
@@ -275,7 +264,7 @@ def differences(runs: pd.DataFrame) -> pd.DataFrame:
     if set(runs["status"]) != {"FINISHED"}:
         table["status"] = runs["status"]
     for key, title in RESULTS.items():
-        if f"m/{key}" in runs:
+        if f"m/{key}" in runs and runs[f"m/{key}"].notna().any():
             as_text = ("{:,.0f}" if key == "best/step" else "{:.4f}").format
             table[title] = runs[f"m/{key}"].map(as_text, na_action="ignore").fillna("-")
     return table

@@ -50,8 +50,10 @@ def carrier_lock(root: Path, store: str = "local") -> Path:
     return root / "mlruns" / f".sidecar{digest}.lock"
 
 
-def start_carrier(root: Path) -> "subprocess.Popen[bytes]":
-    """Start the store's sidecar, which exits where one is at work already; its words go to mlruns/sidecar.log."""
+def start_carrier(root: Path) -> "subprocess.Popen[bytes] | None":
+    """Start the store's sidecar, unless one is at work: another would find that only after importing for a second. Its words: mlruns/sidecar.log."""
+    if is_locked(carrier_lock(root, specs.store_name())):
+        return None
     command = [sys.executable, "-m", "fmnist.sidecar", str(root)]
     with open(root / "mlruns" / "sidecar.log", "ab") as log:  # in a session of its own: Ctrl-C reaches the trainer only
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)

@@ -333,6 +333,9 @@ class Store:
                 row = {column: getattr(run.info, field) for column, field in INFO.items()}
                 for letter, values in (("p", run.data.params), ("m", run.data.metrics), ("t", run.data.tags)):
                     row |= {f"{letter}/{key}": value for key, value in values.items()}
+                if "t/kind" not in row:  # another program's, which doesn't say what its result is: the last evaluation
+                    last = {_standard_name(key): value for key, value in run.data.metrics.items()}
+                    row = {f"m/last/val_{name}": last[f"val/{name}"] for name in ("accuracy", "loss") if f"val/{name}" in last} | row
                 if row.get("t/kind", "run") == "run":
                     rows.append(row)
         return pd.DataFrame(rows, columns=None if rows else list(INFO))
