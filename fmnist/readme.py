@@ -3,10 +3,11 @@
 import json
 import re
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
-from fmnist import experiments
+import pandas as pd
+
+from fmnist import compare, experiments, sweeps
 from fmnist import spec as specs
 from fmnist.compare import Group
 from fmnist.errors import UserError
@@ -17,16 +18,19 @@ MEASURED = re.compile(r"^# Measured:.*\n(?:#  +.*\n)*", re.MULTILINE)
 HEAD = "| experiment | what differs | validated on | accuracy | loss | command |", "|---|---|---|---|---|---|"
 
 
-def update(root: Path, groups: Sequence[Group], notes: list[str]) -> list[Path]:
-    """Rewrite the table of results in README.md, and `# Measured:` in each experiment's file, by the groups of what the files say now.
+def update(root: Path, runs: pd.DataFrame, notes: list[str]) -> list[Path]:
+    """Rewrite the table of results in README.md, and `# Measured:` in each experiment's file, by the runs of what the files say now.
 
+    Runs of a search are left out: the best of them was picked for its accuracy, which is no measurement of it.
     Returns the files, and adds to `notes` what could not be written. Raises UserError where the README has no place for the table.
     """
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
     if not PLACE.search(text):
         raise UserError(f"{readme}: the lines {MARKERS[0]} and {MARKERS[1]} are missing, between which the results go; put them there")
-    by_key, rows, files = {group.key: group for group in groups}, list(HEAD), {}
+    searches = [name for name in sweeps.names(root) if sweeps.load(name, root).spec.search]
+    measured = runs[~runs["t/sweep"].isin(searches)] if "t/sweep" in runs else runs
+    by_key, rows, files = {group.key: group for group in compare.groups(measured)}, list(HEAD), {}
     for name in experiments.names(root):
         spec, path = experiments.load(name, root=root).spec, root / "experiments" / f"{name}.yaml"
         if (group := by_key.get(spec.group)) is None:

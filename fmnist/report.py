@@ -56,7 +56,7 @@ def write(store: Store, folder: Path, wanted: Sequence[str], update_readme: bool
     everything = store.runs(None, foreign=True)
     runs = select(everything, wanted)
     notes: list[str] = []
-    files = readme.update(store.root, compare.groups(everything), notes) if update_readme else []
+    files = readme.update(store.root, everything, notes) if update_readme else []
     folder.mkdir(parents=True, exist_ok=True)
     runs.insert(0, "label", runs["name"].where(~runs["name"].duplicated(keep=False), runs["name"] + " " + runs["run_id"].str[:6]))
     files += _copy_figures(store, runs, folder / "runs", notes)

@@ -1,13 +1,12 @@
 """The trials of a search, by Optuna: which settings come next, which trials are not worth going on with.
 
-A study is kept in mlruns/searches.db, by name; it belongs to no process, and several may ask it at once.
+A study is kept in mlruns/searches.db, by name; it belongs to no process, and several may ask it at once. Who only looks gets a copy of it.
 """
 
 import contextlib
 import fcntl
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -29,20 +28,39 @@ STARTUP = 5
 class Study:
     """The study of a sweep that is a search."""
 
-    def __init__(self, sweep: Sweep, search: Search) -> None:
+    def __init__(self, sweep: Sweep, search: Search, copy: bool = False) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.sweep, self.search, self.total = sweep, search, search.trials
         self._known: dict[int, Trial] = {}
-        folder = sweep.root / "mlruns"
-        folder.mkdir(exist_ok=True)
+        self._folder = sweep.root / "mlruns"
         self._space = {path: _distribution(dimension) for path, dimension in search.space.items()}
         self._evaluations = sum(segment.evaluate for segment in specs.plan(sweep.base.spec))
-        self._lock = folder / ".searches.lock"
-        with _locked(self._lock):  # SQLAlchemy's tables are not made safely by several at once
-            storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'searches.db'}", {"connect_args": {"timeout": 60}})
-            self._study = optuna.create_study(
-                storage=storage, study_name=sweep.study, direction="maximize", load_if_exists=True, pruner=self._pruner()
-            )
+        self._study = optuna.create_study(
+            storage=self._copied() if copy else self._stored(),
+            study_name=sweep.study,
+            direction="maximize",
+            load_if_exists=True,
+            pruner=self._pruner(),
+        )
+
+    def _stored(self) -> optuna.storages.BaseStorage:
+        self._folder.mkdir(exist_ok=True)
+        with self._locked():  # SQLAlchemy's tables are not made safely by several at once
+            return optuna.storages.RDBStorage(f"sqlite:///{self._folder / 'searches.db'}", {"connect_args": {"timeout": 60}})
+
+    def _copied(self) -> optuna.storages.BaseStorage:
+        memory = optuna.storages.InMemoryStorage()
+        if (self._folder / "searches.db").exists():
+            with contextlib.suppress(KeyError):  # other studies are in it
+                optuna.copy_study(from_study_name=self.sweep.study, from_storage=self._stored(), to_storage=memory)
+        return memory
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock of all studies, against other processes."""
+        with open(self._folder / ".searches.lock", "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def _pruner(self) -> optuna.pruners.BasePruner:
         match self.search.pruner:
@@ -66,7 +84,7 @@ class Study:
 
     def ask(self) -> Trial | None:
         """The next trial; None once all were asked for."""
-        with _locked(self._lock):
+        with self._locked():
             there = self._study.get_trials(deepcopy=False)
             for each in there:
                 if each.state == TrialState.RUNNING and set(each.params) != set(self._space):  # who asked for it was killed over it
@@ -143,11 +161,3 @@ def _distribution(dimension: Dimension) -> BaseDistribution:
     if isinstance(dimension.low, int) and isinstance(dimension.high, int):
         return IntDistribution(dimension.low, dimension.high, log=dimension.log)
     return FloatDistribution(float(dimension.low or 0.0), float(dimension.high or 0.0), log=dimension.log)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, against other processes."""
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

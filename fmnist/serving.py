@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -33,15 +34,18 @@ def serve(command: Sequence[str], root: Path, log: Path, health: str, told: Sequ
     """Run a server until a signal comes; once `health` answers, print what is `told`. Raises UserError where it doesn't come up."""
     for ending in (signal.SIGINT, signal.SIGTERM):  # the server must not outlive us; a shell's `&` has SIGINT ignored
         signal.signal(ending, signal.default_int_handler)
-    environment = {**os.environ, **tracking.SETTINGS, "MLFLOW_TRACKING_URI": tracking.uri(root)}
-    with open(log, "wb") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=root) as server:
-        try:
-            _wait_until_up(server, health, log)
-            print("\n".join(told), flush=True)
-            server.wait()
-        finally:
-            server.terminate()
-            server.wait()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # MLflow starts uvicorn by its name
+    environment = {**os.environ, **tracking.SETTINGS, "MLFLOW_TRACKING_URI": tracking.uri(root), "PATH": path}
+    with open(log, "wb") as output:
+        server = subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=root, start_new_session=True)
+    try:
+        _wait_until_up(server, health, log)
+        print("\n".join(told), flush=True)
+        server.wait()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)  # with the workers that it started
+        server.wait()
 
 
 def _wait_until_up(server: "subprocess.Popen[bytes]", health: str, log: Path) -> None:

@@ -89,18 +89,18 @@ def known(sweep: Sweep) -> dict[str, Result]:
     return {**database.recorded(sweep.root), **state.at_hand(sweep.root)}
 
 
-def source(sweep: Sweep) -> "Grid | Study":
-    """Where a sweep's trials come from, and their results go."""
+def source(sweep: Sweep, copy: bool) -> "Grid | Study":
+    """Where a sweep's trials come from, and their results go; in a `copy` nothing that others see."""
     if sweep.spec.search is None:
         return Grid(sweep)
     from fmnist.search import Study
 
-    return Study(sweep, sweep.spec.search)
+    return Study(sweep, sweep.spec.search, copy)
 
 
 def look(sweep: Sweep) -> Standing:
     """How a sweep stands now."""
-    conduct = Conduct(sweep, lambda standing: None)
+    conduct = Conduct(sweep, lambda standing: None, copy=True)
     conduct.look()
     return conduct.standing
 
@@ -128,8 +128,8 @@ class Conduct:
 
     workers: Workers
 
-    def __init__(self, sweep: Sweep, watch: Callable[[Standing], None]) -> None:
-        self.sweep, self.source, self.watch = sweep, source(sweep), watch
+    def __init__(self, sweep: Sweep, watch: Callable[[Standing], None], copy: bool = False) -> None:
+        self.sweep, self.source, self.watch = sweep, source(sweep, copy), watch
         self.standing = Standing(self.source.total)
         self._crashes: Counter[int] = Counter()
         self._reached: dict[int, int] = {}

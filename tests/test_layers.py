@@ -39,7 +39,7 @@ ALLOWED = {
     "plots": set(),
     "groups": {"compare", "experiments", "journal", "plots", "tracking", "errors"},
     "promotion": {"compare", "groups", "tracking", "errors"},
-    "readme": {"compare", "experiments", "spec", "errors"},
+    "readme": {"compare", "experiments", "spec", "sweeps", "errors"},
     "report": {"changes", "compare", "plots", "readme", "tracking", "spec", "errors"},
     "sidecar": {"checkpoint", "data", "model", "journal", "state", "groups", "plots", "spec", "errors", "tracking"},
     "api": {"compare", "database", "experiments", "groups", "runner", "training", "tracking", "spec"},

@@ -1,13 +1,11 @@
 """The logged model outside this package: loaded where fmnist can't be imported, and served over HTTP."""
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -94,30 +92,27 @@ def test_model_carries_the_metrics_it_earned(logged: tuple[Path, str, np.ndarray
     assert model.status == "READY"
 
 
-def test_serves_over_http(logged: tuple[Path, str, np.ndarray], tmp_path: Path) -> None:
+def test_serve_answers_over_http_until_its_command_is_ended(logged: tuple[Path, str, np.ndarray]) -> None:
     home, model, expected = logged
-    port = free_port()
-    serve = ["models", "serve", "-m", model, "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # mlflow starts uvicorn by its name, as in an activated venv
-    environment = {**os.environ, **SAFE, "MLFLOW_TRACKING_URI": tracking.uri(home), "PATH": path}
-    with open(tmp_path / "serve.log", "wb") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", *serve], env=environment, stdout=log, stderr=log, start_new_session=True, cwd=tmp_path
-        )
+    port, run_id = free_port(), tracking.connect(home).runs()["run_id"].iloc[0]
+    here = str(Path(sys.executable).parent)
+    path = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if part != here)  # as without an activated environment
+    command = [sys.executable, "-m", "fmnist", "serve", run_id, "--port", str(port)]
+    server = subprocess.Popen(
+        command, env={**os.environ, "FMNIST_HOME": str(home), "PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
+        said = server.stdout.readline()
+        assert said.startswith(f"{model} answers at http://127.0.0.1:{port}/invocations"), server.communicate(timeout=30)[1]
         body = json.dumps({"inputs": data.raw_images(home, 3).tolist()}).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"})
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                with urllib.request.urlopen(request, timeout=10) as response:
-                    answer = json.load(response)
-                break
-            except OSError:
-                assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "serve.log").read_text()[-2000:]  # noqa: PT018
-                time.sleep(0.5)
+        with urllib.request.urlopen(request, timeout=30) as response:
+            answer = json.load(response)
         assert np.allclose(answer["predictions"], expected[:3], atol=1e-5)
+        assert subprocess.run([*command[:-1], str(port)], env={**os.environ, "FMNIST_HOME": str(home)}, capture_output=True).returncode == 2
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)  # the server and the workers it started
-        server.wait()
+        server.send_signal(signal.SIGINT)
+        _, error = server.communicate(timeout=30)
+    assert (server.returncode, error) == (130, "")
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5)

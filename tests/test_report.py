@@ -12,7 +12,7 @@ import pytest
 from conftest import command, make_home, stop_sidecar
 from matplotlib import image as images
 
-from fmnist import compare, experiments, plots, tracking
+from fmnist import compare, experiments, plots, readme, tracking
 from fmnist import report as reports
 from fmnist.errors import UserError
 
@@ -334,6 +334,18 @@ def test_readme_and_experiments_are_brought_up_to_date(recorded: Recorded, tmp_p
         assert again == {path: path.read_text() for path in (readme, tiny)}
     finally:
         tiny.write_text(before)
+
+
+def test_what_a_search_picked_by_its_accuracy_is_no_measurement_of_it(recorded: Recorded, tmp_path: Path) -> None:
+    (tmp_path / "experiments" / "sweeps").mkdir(parents=True)
+    for name in ("experiments/tiny.yaml", "experiments/holdout.yaml", "experiments/baseline.yaml", "experiments/sweeps/search-recipe.yaml"):
+        (tmp_path / name).write_text((recorded.home / name).read_text())
+    (tmp_path / "README.md").write_text("<!-- results -->\n<!-- /results -->")
+    runs = recorded.store.runs(None)
+    for sweep, n in (("search-recipe", 2), ("sweep-lr", 3)):
+        readme.update(tmp_path, runs.assign(**{"t/sweep": np.where(runs["run_id"] == recorded.tiny[1], sweep, None)}), [])
+        [row] = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| `tiny` |")]
+        assert f"(n = {n})" in row
 
 
 def test_readme_without_a_place_for_results_is_left_alone(recorded: Recorded, tmp_path: Path) -> None:

@@ -183,6 +183,25 @@ def test_a_search_knows_what_was_asked_and_what_came_out(home: Path) -> None:
     }  # fmt: skip
 
 
+def test_showing_a_search_writes_nothing(fmnist: Fmnist, home: Path) -> None:
+    sweep = load(home, SEARCH.format(sampler="random", trials=3))
+    assert sweep.spec.search
+    shown = json.loads(fmnist("show", "it", "--json").stdout)
+    assert (shown["total"], shown["missing"], shown["trials"]) == (3, 3, [])
+    assert not (home / "mlruns").exists()
+    study = search.Study(sweep, sweep.spec.search)
+    first = study.ask()
+    assert first
+    before = (home / "mlruns" / "searches.db").read_bytes()
+    copy = search.Study(sweep, sweep.spec.search, copy=True)
+    assert [trial.settings for trial in copy.open()] == [first.settings]
+    copy.tell(first.number, Result("finished", "", 0.5))
+    assert [trial.name for trial, _ in copy.settled()] == [first.name]
+    assert [row["name"] for row in json.loads(fmnist("show", "it", "--json").stdout)["trials"]] == [first.name]
+    assert (home / "mlruns" / "searches.db").read_bytes() == before
+    assert study.settled() == []
+
+
 def test_a_trial_that_is_far_below_the_others_is_pruned(home: Path) -> None:
     sweep = load(home, SEARCH.format(sampler="random", trials=8))
     assert sweep.spec.search
