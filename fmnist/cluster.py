@@ -87,7 +87,12 @@ class Cluster:
         except (ConnectionError, ValueError, RuntimeError) as error:
             why = (str(error).splitlines() or [""])[0][:200]
             raise UserError(f"--on ray: no cluster answers ({why}); start one with `ray start --head`, or give its --address") from None
-        self._ray, self._mailbox = ray, ray.remote(Mailbox).options(num_cpus=0).remote()
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )  # the node that this process can't outlive
+        self._ray, self._mailbox = ray, ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
         needs = {"num_cpus": spec.compute.threads, "num_gpus": 1 if spec.compute.device == "cuda" else 0}
         self._task = ray.remote(train).options(**needs, max_retries=RETRIES)
         self._environment = {key: os.environ[key] for key in PASSED_ON if key in os.environ}
