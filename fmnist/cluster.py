@@ -78,6 +78,7 @@ class Cluster:
     def __init__(self, root: Path, jobs: int | None, address: str | None, spec: specs.ExperimentSpec) -> None:
         try:
             import ray
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
         except ImportError:
             raise UserError("--on ray: Ray is not installed here; install the extra: pip install 'fmnist[ray]'") from None
         if specs.tracking_server() is None:
@@ -87,11 +88,8 @@ class Cluster:
         except (ConnectionError, ValueError, RuntimeError) as error:
             why = (str(error).splitlines() or [""])[0][:200]
             raise UserError(f"--on ray: no cluster answers ({why}); start one with `ray start --head`, or give its --address") from None
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        here = NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=False
-        )  # the node that this process can't outlive
+        # pinned to this node, which this process cannot outlive: on another it would be lost with that one
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._ray, self._mailbox = ray, ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
         needs = {"num_cpus": spec.compute.threads, "num_gpus": 1 if spec.compute.device == "cuda" else 0}
         self._task = ray.remote(train).options(**needs, max_retries=RETRIES)

@@ -169,14 +169,10 @@ class Conduct:
     def _next(self, job: Job) -> Trial | None:
         """A trial that nobody has, of the shape of those in the job."""
         standing = self.standing
-        free = (
-            trial
-            for trial in self.source.open()
-            if not {trial.number} & (standing.running.keys() | standing.failed.keys() | standing.elsewhere)
-        )
+        taken = standing.running.keys() | standing.failed.keys() | standing.elsewhere
         shapes = {resolved.spec.shape for resolved in job.values()}
-        for trial in free:
-            if trial.resolved.spec.shape in shapes or not job:
+        for trial in self.source.open():
+            if trial.number not in taken and (not job or trial.resolved.spec.shape in shapes):
                 return trial
         new = None if job else self.source.ask()
         if new is not None:

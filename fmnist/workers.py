@@ -102,10 +102,7 @@ def train(job: Job, root: Path, sync: bool, claims: Any, pipe: Connection) -> di
     def watch(training: "Training") -> None:
         tell(training, False)
 
-    def prune(training: "Training") -> bool:
-        return tell(training, True)
-
-    context = runner.Context(root, sync, lambda text: None, watch, prune, wait=False)
+    context = runner.Context(root, sync, lambda text: None, watch, lambda training: tell(training, True), wait=False)
     claimed = [resolved for resolved in job.values() if claims.take(resolved.spec.fingerprint)]
     try:
         recorded = database.recorded(root) if specs.tracking_server() is None else {}  # the sweep has asked the server

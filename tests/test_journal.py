@@ -319,7 +319,8 @@ def measured(step: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def resumed(folder: StateFolder, exact: bool = True) -> Iterator[Journal]:
-    written = Journal.resume(folder, exact)
+    written = Journal.resume(folder)
+    written.exact = exact
     yield written
     written.release()
 
