@@ -210,6 +210,15 @@ def test_a_missing_cuda_device_is_refused() -> None:
         engine.device(specs.Compute(device="cuda"))
 
 
+def test_velocities_that_decay_to_nothing_become_zero(dataset: data.Dataset) -> None:
+    """The corner pixel is dark in these images, so that its weights have no gradient; a number below 1e-38 costs a processor dearly."""
+    ours = engine.Engine([experiment(optimizer=specs.SGD(lr=0.1, momentum=0.9))], dataset)
+    corner = ours.update.buffers["momentum"][0, :1]
+    corner.fill_(1.2e-38)
+    ours.train(1)
+    assert corner.item() == 0
+
+
 # ---- many models in the same steps
 
 LONG_RUN = 300

@@ -279,6 +279,14 @@ def test_run_of_another_program_is_shown_by_its_history(recorded: Recorded, tmp_
     assert "Validated on images that are not on record" in text(page)
 
 
+def test_run_of_another_program_is_compared_by_its_last_results(recorded: Recorded) -> None:
+    result = command(recorded.home, "compare", recorded.foreign, recorded.tiny[0])
+    assert result.returncode == 0, result.stderr
+    assert "keras: validation accuracy after the last step 0.5500 (n = 1)" in result.stdout
+    assert "one seed each: cannot tell about the settings" in result.stdout
+    assert "the runs differ in torch: unknown (1 of keras)" in result.stdout
+
+
 # ---- thinning, the README
 
 
