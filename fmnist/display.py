@@ -4,7 +4,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -40,7 +40,7 @@ def run(quiet: bool) -> "Iterator[Callable[[Training], None]]":
 def sweep(quiet: bool, say: Callable[[str], None]) -> "Iterator[Callable[[Standing], None]]":
     """On a terminal the trials that run, the best so far and the time left, live; elsewhere a line for each trial that ends."""
     live = not quiet and sys.stderr.isatty()
-    with Live(console=Console(stderr=True), auto_refresh=False, transient=True) if live else _nothing() as shown:
+    with Live(console=Console(stderr=True), auto_refresh=False, transient=True) if live else nullcontext() as shown:
         pace, told = Pace(), set[int]()
 
         def watch(standing: "Standing") -> None:
@@ -54,11 +54,6 @@ def sweep(quiet: bool, say: Callable[[str], None]) -> "Iterator[Callable[[Standi
                 shown.update(Group(*map(Text, (summary(standing, pace.left_s(standing)), *_running(standing)))), refresh=True)
 
         yield watch
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield None
 
 
 class Pace:

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -236,18 +237,21 @@ def _draw(folder: Path, traces: Mapping[str, Mapping[str, plots.Traces]], famili
 
 
 def _response(family: Family) -> dict[str, Any] | None:
-    """The parameter and the final accuracies by its value, where the groups differ in one number alone."""
-    table = compare.differing(family.groups)
-    values = pd.to_numeric(table.iloc[:, 0], errors="coerce") if table.shape[1] == 1 else pd.Series([np.nan])
-    points = []
-    for value, group in sorted(zip(values, family.groups, strict=False), key=lambda point: point[0]):
-        accuracies = group.finished.reindex(columns=["m/last/val_accuracy"]).iloc[:, 0].dropna().tolist()
-        if accuracies:
-            mean, low, high = plots.interval(accuracies)
-            points.append({"x": value, "mean": mean, "low": low, "high": high, "values": accuracies})
-    if values.isna().any() or len(points) < 2:
+    """The parameter, a number, in which alone most groups differ from the first, and the final accuracies by its value."""
+    table, found = compare.differing(family.groups), dict[str, list[dict[str, Any]]]()
+    for parameter in table:
+        others, values = table.drop(columns=parameter), pd.to_numeric(table[parameter], errors="coerce")
+        usable = (others == others.iloc[0]).all(axis=1) & values.notna()
+        found[str(parameter)] = []
+        for value, group in sorted(compress(zip(values, family.groups, strict=True), usable), key=lambda point: point[0]):
+            accuracies = group.finished.reindex(columns=["m/last/val_accuracy"]).iloc[:, 0].dropna().tolist()
+            if accuracies:
+                mean, low, high = plots.interval(accuracies)
+                found[str(parameter)].append({"x": value, "mean": mean, "low": low, "high": high, "values": accuracies})
+    most = max(found, key=lambda parameter: len(found[parameter]), default="")
+    if len(points := found.get(most, [])) < min(3, len(family.groups)):
         return None
-    return {"parameter": str(table.columns[0]), "log": plots.logarithmic([point["x"] for point in points]), "points": points}
+    return {"parameter": most, "log": plots.logarithmic([point["x"] for point in points]), "points": points}
 
 
 def _pairs(family: Family) -> list[Comparison]:

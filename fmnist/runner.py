@@ -33,7 +33,7 @@ class Context:
     root: Path
     sync: bool = True  # whether it goes into MLflow now; else with a later `fmnist sync`
     say: Callable[[str], None] = print
-    watch: Callable[["Training"], None] = lambda training: None  # called after each segment
+    watch: Callable[["Training"], object] = lambda training: None  # called after each segment
     prune: Callable[["Training"], bool] = lambda training: False  # whether to end it after this evaluation
     wait: bool = True  # for the runs to be in MLflow; else who calls sees to that
 

@@ -93,11 +93,7 @@ def write(store: Store, sweep: Sweep, trials: Sequence[Trial], total: int) -> No
                 "outcome": "finished" if len(rows) >= total else "incomplete", "mlflow.note.content": _page(sweep, rows, total, top, importance),
             }  # fmt: skip
             search = sweep.spec.search
-            method = (
-                {"sampler": search.sampler, "pruner": search.pruner, "trials": search.trials, "seed": search.seed}
-                if search
-                else {"sampler": "grid"}
-            )
+            method = search.model_dump(include={"sampler", "pruner", "trials", "seed"}) if search else {"sampler": "grid"}
             parameters = {f"sweep.{key}": str(value) for key, value in {"base": sweep.spec.base, **method}.items()}
             if top:
                 parameters |= {path: str(value) for path, value in top[0].settings.items()}

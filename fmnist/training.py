@@ -76,7 +76,7 @@ class Stack:
         self.trainings: list[Training] = []
         self._segment = Segment(0, [], 0, 0.0)
 
-    def train(self, watch: Callable[["Training"], None], caught: Sequence[int], prune: Callable[["Training"], bool]) -> None:
+    def train(self, watch: Callable[["Training"], object], caught: Sequence[int], prune: Callable[["Training"], bool]) -> None:
         """Train all to their ends; where a signal was `caught`, they end with a checkpoint after the segment.
 
         `watch` sees the first of them after each segment; `prune` tells of each, after an evaluation, whether to end it there.
@@ -109,7 +109,7 @@ class Stack:
     def _live(self) -> list["Training"]:
         return [training for training in self.trainings if training.outcome.status == "RUNNING"]
 
-    def _each(self, act: Callable[["Training"], None], some: Sequence["Training"] | None = None) -> None:
+    def _each(self, act: Callable[["Training"], object], some: Sequence["Training"] | None = None) -> None:
         for training in self._live() if some is None else some:
             try:
                 act(training)

@@ -6,6 +6,7 @@ share the work; its claims end with it, and what it leaves half trained is conti
 
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import os
 import signal
@@ -99,10 +100,8 @@ def train(job: Job, root: Path, sync: bool, claims: Any, pipe: Connection) -> di
             alone = True
             return False
 
-    def watch(training: "Training") -> None:
-        tell(training, False)
-
-    context = runner.Context(root, sync, lambda text: None, watch, lambda training: tell(training, True), wait=False)
+    watch, prune = (functools.partial(tell, evaluated=evaluated) for evaluated in (False, True))
+    context = runner.Context(root, sync, lambda text: None, watch, prune, wait=False)
     claimed = [resolved for resolved in job.values() if claims.take(resolved.spec.fingerprint)]
     try:
         recorded = database.recorded(root) if specs.tracking_server() is None else {}  # the sweep has asked the server

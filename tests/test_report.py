@@ -1,5 +1,6 @@
 """The report, of real runs in a real store: what it says, what it leaves out, and that it says so."""
 
+import html
 import json
 import re
 import shutil
@@ -38,6 +39,7 @@ class Recorded:
         self.fast = self._run("tiny-fast", "--seeds", "3")
         self.often = self._run("tiny", "-s", "train.eval_every=7")
         self.bare = self._run("tiny", "-s", "optimizer.momentum=0.5")
+        self.slow = self._run("tiny", "-s", "optimizer.lr=0.0001")
         self.diverged = self._run("tiny", "-s", "optimizer.lr=1000", exit_code=3)
         self.on_test = self._run("tiny", "-s", "data.holdout=null")
         self.store = tracking.connect(home)
@@ -206,6 +208,14 @@ def test_response_is_drawn_where_one_number_differs(recorded: Recorded, tmp_path
     assert tmp_path / "response.png" in report.files
     assert "Response to optimizer.lr" in text(page)
     assert "response.png" not in {path.name for path in recorded.write(tmp_path, *recorded.tiny, recorded.often, recorded.bare)[0].files}
+
+
+def test_response_leaves_out_what_differs_in_more(recorded: Recorded, tmp_path: Path) -> None:
+    _, page = recorded.write(tmp_path, *recorded.tiny, *recorded.fast, recorded.slow, recorded.bare)
+    [drawn] = re.findall(r'data-response="([^"]*)"', page)
+    response = json.loads(html.unescape(drawn))
+    assert response["parameter"] == "optimizer.lr"
+    assert [point["x"] for point in response["points"]] == [0.0001, 0.001, 0.01]
 
 
 def test_named_runs_alone_the_first_is_the_reference(recorded: Recorded, tmp_path: Path) -> None:
