@@ -207,9 +207,7 @@ def sweep(
     from fmnist import display, sweeping, sweeps
 
     if on not in ("local", "ray") or (on == "local" and address):
-        raise UserError(
-            f"--on: given {on!r}{' with --address' if address else ''}; give local, or ray (with --address, or RAY_ADDRESS set)"
-        )
+        raise UserError(f"--on: given {on!r}{' with --address' if address else ''}; give local, or ray (with --address or RAY_ADDRESS)")
     root = _home()
     found = sweeps.load(name, root)
 
@@ -288,9 +286,7 @@ def _show_sweep(name: str, as_json: bool) -> None:
     if standing.total > len(rows):
         lines.append(f"{standing.total - len(rows)} more trials, whose settings the search picks when it gets there")
     told = (
-        "no run of this model is recorded yet to tell by"
-        if cost is None
-        else f"about {display.duration(cost)} of one worker, less what is pruned"
+        "no run of this model is recorded yet to tell by" if cost is None else f"about {display.duration(cost)} of one worker, less pruning"
     )
     lines += ["", display.summary(standing), f"{left} to train, {found.base.spec.steps:,} steps each or what their settings say: {told}"]
     _answer({"sweep": name, "total": standing.total, "missing": left, "seconds": cost, "trials": rows}, lines, as_json)

@@ -122,10 +122,7 @@ def recorded(root: Path) -> dict[str, Result]:
     else:
         rows = []
     counted = (row for row in rows if row[1] in ("finished", "diverged", "pruned"))
-    return {
-        fingerprint: Result(outcome, f"{outcome} already, as run {run_id[:8]}", accuracy)
-        for fingerprint, outcome, run_id, accuracy in counted
-    }
+    return {key: Result(outcome, f"{outcome} already, as run {run_id[:8]}", accuracy) for key, outcome, run_id, accuracy in counted}
 
 
 def seconds_per_step(root: Path, spec: specs.ExperimentSpec) -> float | None:

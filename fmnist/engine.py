@@ -40,9 +40,8 @@ class Evaluation:
 
 
 def device(compute: specs.Compute, precision: str = "float32") -> torch.device:
-    """The device a spec asks for, with the arithmetic of this process set; raises SpecError where there is none that can do it."""
+    """The device a spec asks for, with the thread count set; raises SpecError where there is none that can do it."""
     torch.set_num_threads(compute.threads)
-    torch.set_flush_denormal(True)  # the velocities of dead units decay below 1e-38, where a processor takes up to 7 times as long
     if compute.device == "cuda" and not torch.cuda.is_available():
         raise SpecError("compute.device: cuda was asked for and this machine has no usable CUDA device; give cpu or auto")
     if compute.device == "cpu" or not torch.cuda.is_available():
@@ -74,12 +73,11 @@ class Engine:
         shapes = [parameter.shape for parameter in self.modules[0].parameters()]
         rows = [torch.cat([parameter.detach().flatten() for parameter in module.parameters()]) for module in self.modules]
         self.parameters = torch.stack(rows)
-        self.gradients = torch.zeros_like(self.parameters)
-        views, gradient_views = _views(self.parameters, shapes), _views(self.gradients, shapes)
+        self.update = optim.Update([spec.optimizer for spec in members], self.parameters)
+        views, gradient_views = _views(self.parameters, shapes), _views(self.update.gradients, shapes)
         for k, module in enumerate(self.modules):
             for parameter, view, gradient in zip(module.parameters(), views, gradient_views, strict=True):
                 parameter.data, parameter.grad = view[k], gradient[k]  # the modules and the flat tensors are the same memory
-        self.update = optim.Update([spec.optimizer for spec in members], self.parameters)
         self.batch = members[0].train.batch_size
         sizes = {self.batch, len(dataset.train) % self.batch} - {0}
         self.inputs = {size: self.parameters.new_empty(len(members), size, specs.PIXELS) for size in sizes}
@@ -94,7 +92,7 @@ class Engine:
         labels = self.dataset.train.labels[rows]
         logits = self.parameters.new_zeros(*rows.shape, specs.CLASSES)
         targets = functional.one_hot(labels, specs.CLASSES).to(logits.dtype)
-        with self._products(), torch.inference_mode(self.explicit):  # without autograd's bookkeeping an operation costs 2 us less
+        with self._arithmetic(), torch.inference_mode(self.explicit):  # without autograd's bookkeeping an operation costs 2 us less
             self._steps(rows, sizes, targets, self.update.coefficients(rates, first), logits)
         self.step = stop
         loss, accuracy = _measure(logits, labels, sizes)
@@ -106,14 +104,15 @@ class Engine:
                 row, target, out = row[:, :size], target[:, :size], out[:, :size]
             x = self.inputs[size]
             torch.index_select(self.dataset.train.images, 0, row.flatten(), out=x.view(-1, specs.PIXELS))
+            self.update.prepare()
             self.passes[size](x, target, out)
-            self.update(self.gradients, numbers)
+            self.update(numbers)
 
     @torch.no_grad()
     def evaluate(self, split: data.Split, member: int = 0) -> Evaluation:
         """Loss, accuracy and logits of one model over a whole split."""
         module = self.modules[member].eval()
-        with self._products(), _autocast(self.precision, self.parameters.device):
+        with self._arithmetic(), _autocast(self.precision, self.parameters.device):
             chunks = [module(images.view(-1, 1, 28, 28)) for images in split.images.split(EVALUATION_BATCH)]
         module.train()
         logits = torch.cat(chunks).float()
@@ -144,14 +143,19 @@ class Engine:
         return isinstance(self.passes[self.batch], model.MLPGradient)
 
     @contextlib.contextmanager
-    def _products(self) -> Iterator[None]:
-        """Let float32 matrix products on a CUDA device be rounded to TF32 where the spec says so, and only there."""
+    def _arithmetic(self) -> Iterator[None]:
+        """Round float32 matrix products on a CUDA device to TF32 where the spec says so, and only there; take numbers below 1e-38 as zero.
+
+        The velocities of dead units decay to such numbers, with which a processor takes up to 7 times as long.
+        """
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
+        torch.set_flush_denormal(True)
         try:
             yield
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
+            torch.set_flush_denormal(False)  # it holds for all that this process computes
 
     def _batches(self, first: int, stop: int) -> tuple[Tensor, list[int]]:
         """The training images [S, K, B] of these updates, and how many each has; a short batch is padded with image 0."""
@@ -175,19 +179,20 @@ class Engine:
     def _gradient(self, batch: int, parameters: list[Tensor], gradients: list[Tensor]) -> "model.MLPGradient | AutogradGradient":
         match self.modules[0]:
             case model.MLP(activation=activation) if self.precision != "bf16":
-                return model.MLPGradient(activation, parameters, gradients, batch)
+                return model.MLPGradient(activation, parameters, gradients, batch, self.update.carry)
             case _:
-                return AutogradGradient(self.modules, self.gradients, self.precision)
+                return AutogradGradient(self.modules, self.update, self.precision)
 
 
 class AutogradGradient:
-    """The same contract as MLPGradient, for any nn.Modules whose parameters' .grad are views of `gradients`; one after the other."""
+    """The same contract as MLPGradient, for any nn.Modules whose parameters' .grad are views of the update's; one after the other."""
 
-    def __init__(self, modules: Sequence[nn.Module], gradients: Tensor, precision: str = "float32") -> None:
-        self.modules, self.gradients, self.precision = modules, gradients, precision
+    def __init__(self, modules: Sequence[nn.Module], update: optim.Update, precision: str = "float32") -> None:
+        self.modules, self.update, self.precision = modules, update, precision
 
     def __call__(self, x: Tensor, targets: Tensor, logits: Tensor) -> None:
-        self.gradients.zero_()
+        with torch.no_grad():  # backward adds to what is there
+            self.update.gradients.mul_(self.update.carry) if self.update.carry else self.update.gradients.zero_()
         for k, module in enumerate(self.modules):
             with _autocast(self.precision, x.device):
                 outputs = module(x[k].view(-1, 1, 28, 28))

@@ -57,12 +57,13 @@ class MLPGradient:
 
     Autograd records, allocates and frees for every batch, which costs about as much as the arithmetic of layers
     this small. `parameters` and `gradients` are in the order of MLP.parameters(): weight [K, H, H'], bias [K, H], ...
-    The hidden activations and errors belong to this object and are overwritten by each call.
+    The hidden activations and errors belong to this object and are overwritten by each call; a gradient is added to `carry` times what is there.
     """
 
-    def __init__(self, activation: str, parameters: list[Tensor], gradients: list[Tensor], batch: int) -> None:
+    def __init__(self, activation: str, parameters: list[Tensor], gradients: list[Tensor], batch: int, carry: float) -> None:
         self.weights, self.biases = parameters[::2], [bias.unsqueeze(1) for bias in parameters[1::2]]
-        self.weight_gradients, self.bias_gradients = gradients[::2], gradients[1::2]
+        self.weight_gradients, self.bias_gradients = gradients[::2], [gradient.unsqueeze(1) for gradient in gradients[1::2]]
+        self.ones, self.carry = self.biases[0].new_ones(len(self.biases[0]), 1, batch), carry
         self.errors = [weight.new_empty(len(weight), batch, weight.shape[1]) for weight in self.weights]
         self.transposed = [weight.mT for weight in self.weights]  # views made once: to make one costs a tenth of a small product
         self.errors_transposed = [error.mT for error in self.errors]
@@ -71,16 +72,16 @@ class MLPGradient:
         self.activate, self.backward = _IN_PLACE[activation]
 
     def __call__(self, x: Tensor, targets: Tensor, logits: Tensor) -> None:
-        """Write the logits [K, B, C] and the gradients of each mean cross-entropy, given x [K, B, P] and one-hot targets [K, B, C]."""
+        """Write the logits [K, B, C] and add the gradients of each mean cross-entropy, given x [K, B, P] and one-hot targets [K, B, C]."""
         inputs = [x, *self.hidden]
         for layer, hidden in enumerate(self.hidden):
             self.activate(torch.baddbmm(self.biases[layer], inputs[layer], self.transposed[layer], out=hidden))
         torch.baddbmm(self.biases[-1], inputs[-1], self.transposed[-1], out=logits)
-        torch.softmax(logits, -1, out=self.errors[-1]).sub_(targets).mul_(1 / self.batch)
+        torch.softmax(logits, -1, out=self.errors[-1]).sub_(targets)
         for layer in range(len(self.weights) - 1, -1, -1):
             error = self.errors[layer]
-            torch.bmm(self.errors_transposed[layer], inputs[layer], out=self.weight_gradients[layer])
-            torch.sum(error, 1, out=self.bias_gradients[layer])
+            self.weight_gradients[layer].baddbmm_(self.errors_transposed[layer], inputs[layer], beta=self.carry, alpha=1 / self.batch)
+            self.bias_gradients[layer].baddbmm_(self.ones, error, beta=self.carry, alpha=1 / self.batch)
             if layer:
                 below = torch.bmm(error, self.weights[layer], out=self.errors[layer - 1])
                 self.backward(below, inputs[layer])

@@ -19,6 +19,9 @@ class Update:
 
     The rules are those of torch.optim's classes of the same names. The optimizers are of one type; their numbers may
     differ, and enter as tensors [K, 1], which costs nothing: an elementwise pass is bound by memory.
+
+    A step is `prepare`, then `gradients` [K, P] become `carry` * gradients + the step's gradient, then the call. Where the gradient is
+    wanted for nothing but SGD's velocity, `gradients` are the velocity: the matrix product that makes the gradient adds it, which saves a pass.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], parameters: Tensor) -> None:
@@ -27,22 +30,31 @@ class Update:
         self.buffers = {name: torch.zeros_like(parameters) for name in sorted(names)}
         self.decays = any(optimizer.weight_decay for optimizer in optimizers)
         self.decay = self._column([optimizer.weight_decay for optimizer in optimizers])
-        self.momentum = self._column([getattr(optimizer, "momentum", 0.0) for optimizer in optimizers])
+        momenta = [getattr(optimizer, "momentum", 0.0) for optimizer in optimizers]
+        self.momentum, self.nesterov = self._column(momenta), getattr(optimizers[0], "nesterov", False)
+        adds = "momentum" in self.buffers and not self.nesterov
+        self.gradients = self.buffers["momentum"] if adds else torch.zeros_like(parameters)
+        self.mixes = adds and (self.decays or len(set(momenta)) > 1)
+        self.carry = momenta[0] if adds and not self.mixes else float(adds)
 
-    def __call__(self, gradients: Tensor, coefficients: Sequence[Tensor]) -> None:
-        """One update, with a step's `coefficients`; the gradients are used up as scratch memory."""
-        optimizer, parameters, buffers = self.optimizers[0], self.parameters, self.buffers
+    def prepare(self) -> None:
+        """What has to be done before the gradient: all that a matrix product can't, which multiplies by one number."""
+        if self.mixes:
+            self.gradients.mul_(self.momentum).addcmul_(self.parameters, self.decay)
+
+    def __call__(self, coefficients: Sequence[Tensor]) -> None:
+        """One update, with a step's `coefficients`."""
+        optimizer, parameters, gradients, buffers = self.optimizers[0], self.parameters, self.gradients, self.buffers
         rate = coefficients[0]
         if isinstance(optimizer, specs.AdamW):
             parameters.mul_(coefficients[2])
-        elif self.decays:
+        elif self.decays and not self.mixes:
             gradients.addcmul_(parameters, self.decay)
         match optimizer:
-            case specs.SGD(nesterov=nesterov):
-                if "momentum" in buffers:
-                    # gradients + momentum * buffer, in one pass over memory
-                    velocity = torch.addcmul(gradients, buffers["momentum"], self.momentum, out=buffers["momentum"])
-                    gradients = gradients.addcmul_(velocity, self.momentum) if nesterov else velocity
+            case specs.SGD():
+                if self.nesterov and "momentum" in buffers:
+                    torch.addcmul(gradients, buffers["momentum"], self.momentum, out=buffers["momentum"])
+                    gradients.addcmul_(buffers["momentum"], self.momentum)
                 parameters.addcmul_(gradients, rate, value=-1)
             case specs.Adam(betas=betas, eps=eps) | specs.AdamW(betas=betas, eps=eps):
                 buffers["mean"].lerp_(gradients, 1 - betas[0])

@@ -71,9 +71,7 @@ def as_experiment(sweep: Sweep, trial: Trial, accuracies: "pd.Series") -> str:
     text = io.StringIO()
     yaml.dump(tree, text)
     head = f"# The best of {place(sweep.name)}: validation accuracy {accuracies.mean():.4f}{spread} after the last step (n = {len(accuracies)}),"
-    return (
-        f"{head}\n# picked as the highest of its sweep and so a little lucky; measure it with seeds of its own: SEEDS=5\n{text.getvalue()}"
-    )
+    return f"{head}\n# picked as the highest of its sweep, so a little lucky; measure it with seeds of its own: SEEDS=5\n{text.getvalue()}"
 
 
 def write(store: Store, sweep: Sweep, trials: Sequence[Trial], total: int) -> None:

@@ -76,11 +76,8 @@ class Standing:
     @property
     def best(self) -> Trial | None:
         """Of single runs; with several seeds the sweep's run has the means."""
-        found = {
-            number: result.accuracy
-            for number, result in self.results.items()
-            if result.outcome == "finished" and result.accuracy is not None
-        }
+        finished = {number: result for number, result in self.results.items() if result.outcome == "finished"}
+        found = {number: result.accuracy for number, result in finished.items() if result.accuracy is not None}
         return self.trials[max(found, key=lambda number: found[number])] if found else None
 
 

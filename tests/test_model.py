@@ -64,7 +64,7 @@ def test_the_explicit_gradient_is_autograds(
     modules = [model.build(specs.MLP(hidden=hidden, activation=activation), seed).to(dtype) for seed in range(3)]
     parameters = [torch.stack([parameter.detach() for parameter in same]) for same in zip(*(m.parameters() for m in modules), strict=True)]
     gradients = [torch.full_like(parameter, torch.nan) for parameter in parameters]
-    explicit = model.MLPGradient(activation, parameters, gradients, batch)
+    explicit = model.MLPGradient(activation, parameters, gradients, batch, carry=0.0)
     # The second and third batch meet what the one before left in the memory that is kept; each model has images of its own.
     for first in (0, batch, 2 * batch):
         chosen = [slice(first + 100 * k, first + 100 * k + batch) for k in range(3)]
