@@ -70,14 +70,7 @@ VIEW_TAG = {
         }
     )
 }
-INFO = {
-    "run_id": "run_id",
-    "experiment_id": "experiment_id",
-    "name": "run_name",
-    "status": "status",
-    "start": "start_time",
-    "end": "end_time",
-}
+INFO = {key: key for key in ("run_id", "experiment_id", "status")} | {"name": "run_name", "start": "start_time", "end": "end_time"}
 CURVES = ["train/loss", "train/accuracy", "train/lr", "val/loss", "val/accuracy"]
 REGISTERED, CHAMPION, MODEL_VERSIONS = "fmnist", "champion", "mlflow.modelVersions"
 DATA_URL = "https://github.com/zalandoresearch/fashion-mnist"
