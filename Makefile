@@ -60,7 +60,7 @@ test-browser: data  ## the tests of MLflow's pages and of the report in Debian's
 test-services: data .venv-services  ## sweeps and moves against MLflow on PostgreSQL and S3, and on a Ray cluster; installs Debian's PostgreSQL where it may; its own environment, 7 GB
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -y -q postgresql; } || \
 		{ echo "PostgreSQL is missing; as root: apt-get install postgresql" >&2; exit 2; }
-	@.venv-services/bin/python -m pytest -m services -n 0
+	@.venv-services/bin/python -m pytest tests/test_services.py -m services -n 0
 
 check: setup  ## lint, types, formatting, the JSON Schema of the experiments
 	@.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy && .venv/bin/python tools/schema.py
