@@ -184,7 +184,7 @@ def profile() -> None:
         engine.train(WARM + 1_000)
     rows = sorted(recorded.key_averages(), key=lambda row: -row.self_cpu_time_total)
     total = sum(row.self_cpu_time_total for row in rows)
-    products_us = sum(row.self_cpu_time_total for row in rows if row.key in ("aten::bmm", "aten::baddbmm"))
+    products_us = sum(row.self_cpu_time_total for row in rows if row.key in ("aten::bmm", "aten::baddbmm", "aten::baddbmm_"))
     print(
         f"\nThis package's step by operation (torch.profiler, whose own cost is in it); {total / products_us:.2f} times its matrix products:"
     )

@@ -314,6 +314,7 @@ def test_a_ray_cluster_that_loses_a_node_gives_what_this_machine_gives(shared: b
 
 
 def test_a_cluster_that_is_not_there_is_told(place: Path, server: Server) -> None:
+    (place / "experiments" / "sweeps" / "it.yaml").write_text(GRID.replace("[0, 1, 2]", "[30]"))  # which the server has no run of
     result = command(place, "sweep", "it", "--on", "ray")
     assert (result.returncode, "set MLFLOW_TRACKING_URI" in result.stderr) == (2, True)
     result = command(place, "sweep", "it", "--on", "ray", "--address", f"127.0.0.1:{free_port()}", **server.environment)

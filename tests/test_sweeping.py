@@ -113,7 +113,7 @@ def test_a_bad_trial_does_not_end_the_others(fmnist: Fmnist, home: Path) -> None
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_sweep_in_order_and_the_same_command_goes_on(fmnist: Fmnist, home: Path) -> None:
-    lay_out(home, "base: tiny\ngrid:\n  optimizer.lr: [0.01, 0.05]\n", epochs=6, batch=32, every=500)
+    lay_out(home, "base: tiny\ngrid:\n  optimizer.lr: [0.01, 0.05]\n", epochs=30, batch=32, every=500)
     process = start("sweep", "it", "--jobs", "2", "--json")
     wait_for(lambda: len([folder for folder in state.state_folders(home) if (folder.path / "checkpoint.pt").exists()]) == 2)
     process.send_signal(signal.SIGINT)
@@ -151,7 +151,7 @@ def children(pid: int) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_workers_and_sweeps_that_are_killed_leave_exactly_the_set(fmnist: Fmnist, home: Path, tmp_path: Path) -> None:
-    lay_out(home, GRID, epochs=4, batch=32, every=500)
+    lay_out(home, GRID, epochs=6, batch=32, every=500)
     chance = random.Random(0)
     kills = {"worker": 0, "sweep": 0}
     for stop_after in (3, 7, None):  # trials; then the sweep itself is killed
@@ -159,7 +159,7 @@ def test_workers_and_sweeps_that_are_killed_leave_exactly_the_set(fmnist: Fmnist
             [sys.executable, "-m", "fmnist", "sweep", "it", "--jobs", "2", "--json"], stdout=subprocess.PIPE, text=True
         )
         while process.poll() is None:
-            time.sleep(chance.uniform(1.0, 7.0))
+            time.sleep(chance.uniform(1.0, 5.0))
             if stop_after is not None and len(state.at_hand(home)) + len(database.recorded(home)) >= stop_after:
                 process.kill()
                 kills["sweep"] += 1
