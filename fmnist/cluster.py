@@ -58,7 +58,7 @@ def train(number: int, resolved: Resolved, mailbox: Any, environment: dict[str, 
     os.environ.update(environment)
     import ray
 
-    from fmnist import data, database, runner
+    from fmnist import data, runner
 
     def prune(training: "Training") -> bool:
         return bool(ray.get(mailbox.report.remote(progress(number, training, True))))
@@ -66,7 +66,7 @@ def train(number: int, resolved: Resolved, mailbox: Any, environment: dict[str, 
     context = runner.Context(specs.home(), say=lambda text: None, prune=prune)
     try:
         data.ensure(context.root, lambda text: None)
-        wanted = runner.missing([resolved], database.recorded(context.root), context)  # it may have ended on a node that was lost then
+        wanted = runner.missing([resolved], {}, context)
         return dataclasses.asdict(runner.run(wanted, context)[0]) if wanted else None
     except (FmnistError, OSError) as error:
         return {"status": "FAILED", "reason": str(error)}
