@@ -285,9 +285,7 @@ def _show_sweep(name: str, as_json: bool) -> None:
     lines = display.table(rows)
     if standing.total > len(rows):
         lines.append(f"{standing.total - len(rows)} more trials, whose settings the search picks when it gets there")
-    told = (
-        "no run of this model is recorded yet to tell by" if cost is None else f"about {display.duration(cost)} of one worker, less pruning"
-    )
+    told = "no run of this model to tell by yet" if cost is None else f"about {display.duration(cost)} of one worker, less pruning"
     lines += ["", display.summary(standing), f"{left} to train, {found.base.spec.steps:,} steps each or what their settings say: {told}"]
     _answer({"sweep": name, "total": standing.total, "missing": left, "seconds": cost, "trials": rows}, lines, as_json)
 
@@ -299,27 +297,21 @@ def list_experiments(as_json: Json = False) -> None:
 
     root = _home()
     _look_after(root)
-    names, swept = experiments.names(root), sweeps.names(root)
-    if not names and not as_json:
+    names = {"experiments": experiments.names(root), "sweeps": sweeps.names(root)}
+    if not names["experiments"] and not as_json:
         raise UserError(f"no experiments in {root / 'experiments'}; FMNIST_HOME names the folder that holds experiments/")
-    rows, lines, wide = [], [], max(map(len, [*names, *swept]), default=0)
-    for name in names:
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in names}
+    lines, wide = [], max((len(name) for each in names.values() for name in each), default=0)
+    for kind, name in ((kind, name) for kind, each in names.items() for name in each):
         try:
-            spec = experiments.load(name, root=root).spec
-            rows.append({"name": name, "steps": spec.steps, "question": spec.question, "error": None})
-            lines.append(f"{name:<{wide}}  {spec.steps:>9,} steps  {spec.question}")
+            spec = experiments.load(name, root=root).spec if kind == "experiments" else sweeps.load(name, root).spec
+            steps, question, broken = getattr(spec, "steps", None), spec.question, None
         except UserError as error:
-            rows.append({"name": name, "steps": None, "question": "", "error": str(error)})
-            lines.append(f"{name:<{wide}}  BROKEN: {error}")
-    found = []
-    for name in swept:
-        try:
-            found.append({"name": name, "question": sweeps.load(name, root).spec.question, "error": None})
-            lines.append(f"{name:<{wide}}  {'sweep':>15}  {found[-1]['question']}")
-        except UserError as error:
-            found.append({"name": name, "question": "", "error": str(error)})
-            lines.append(f"{name:<{wide}}  BROKEN: {error}")
-    _answer({"experiments": rows, "sweeps": found}, lines, as_json)
+            steps, question, broken = None, "", str(error)
+        found[kind].append({"name": name, "steps": steps, "question": question, "error": broken})
+        size = "sweep" if steps is None else f"{steps:,} steps"
+        lines.append(f"{name:<{wide}}  BROKEN: {broken}" if broken else f"{name:<{wide}}  {size:>15}  {question}")
+    _answer(found, lines, as_json)
 
 
 # ---- runs, compare, promote
@@ -427,9 +419,7 @@ def fetch_data(as_json: Json = False) -> None:
 
 @app.command()
 def sync(
-    to: Annotated[
-        str | None, typer.Option(metavar="URL", help="Then copy the local store's runs to this MLflow server, and count.")
-    ] = None,
+    to: Annotated[str | None, typer.Option(metavar="URL", help="Then copy the local store's runs to this MLflow server.")] = None,
     as_json: Json = False,
 ) -> None:
     """Carry runs that are on disk only into MLflow, now."""
@@ -464,9 +454,7 @@ def _move(to: str, quiet: bool) -> list[dict[str, Any]]:
 @app.command()
 def report(
     runs: Annotated[list[str], typer.Argument(help="Runs by name, id or experiment; all finished ones if none is given.")] = [],
-    update_readme: Annotated[
-        bool, typer.Option("--update-readme", help="Put the results into README.md and the experiments' headers.")
-    ] = False,
+    update_readme: Annotated[bool, typer.Option("--update-readme", help="Write the results into README.md and the headers.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write reports/: report.html, each run's figures, overlays, and a table of what differs."""
@@ -531,9 +519,7 @@ def serve(
 def predict(
     model: Annotated[str, typer.Argument(help="`champion`, or a run: its id, or its name if no other has it.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, of any size: PNG, JPEG, ...")],
-    invert: Annotated[
-        bool, typer.Option("--invert", help="For pictures of something dark on a bright ground; the data is bright on dark.")
-    ] = False,
+    invert: Annotated[bool, typer.Option("--invert", help="For something dark on a bright ground; the data is bright on dark.")] = False,
     as_json: Json = False,
 ) -> None:
     """Say what a model takes pictures for."""

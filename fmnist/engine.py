@@ -18,6 +18,8 @@ from fmnist import spec as specs
 from fmnist.errors import SpecError
 
 EVALUATION_BATCH = 1_000
+PIECE = 80_000
+"""Parameters, at most, of the first layer that a CPU updates at once: 0.6 MB with their velocity, which its cache holds (benchmarks/step.py)."""
 CUDA_STACK = 64
 
 
@@ -73,15 +75,18 @@ class Engine:
         shapes = [parameter.shape for parameter in self.modules[0].parameters()]
         rows = [torch.cat([parameter.detach().flatten() for parameter in module.parameters()]) for module in self.modules]
         self.parameters = torch.stack(rows)
-        self.update = optim.Update([spec.optimizer for spec in members], self.parameters)
+        first = next(self.modules[0].parameters())
+        pieces = [piece.numel() for piece in first.chunk(1 if first.is_cuda else -(-first.numel() // PIECE))]
+        widths = [*pieces[:-1], pieces[-1] + len(rows[0]) - first.numel()]
+        self.update = optim.Update([spec.optimizer for spec in members], self.parameters, widths)
         views, gradient_views = _views(self.parameters, shapes), _views(self.update.gradients, shapes)
         for k, module in enumerate(self.modules):
             for parameter, view, gradient in zip(module.parameters(), views, gradient_views, strict=True):
                 parameter.data, parameter.grad = view[k], gradient[k]  # the modules and the flat tensors are the same memory
         self.batch = members[0].train.batch_size
         sizes = {self.batch, len(dataset.train) % self.batch} - {0}
-        self.inputs = {size: self.parameters.new_empty(len(members), size, specs.PIXELS) for size in sizes}
-        self.passes = {size: self._gradient(size, views, gradient_views) for size in sizes}
+        self.inputs = {size: self.parameters.new_empty(len(members) * size, specs.PIXELS) for size in sizes}
+        self.passes = {size: self._gradient(x.view(len(members), size, -1), views, gradient_views) for size, x in self.inputs.items()}
         self._epoch, self._order = -1, torch.empty(0)
 
     def train(self, stop: int) -> list[Curves]:
@@ -99,14 +104,14 @@ class Engine:
         return [Curves(loss[:, k], accuracy[:, k], rates[:, k]) for k in range(len(self.specs))]
 
     def _steps(self, rows: Tensor, sizes: list[int], targets: Tensor, coefficients: list[tuple[Tensor, ...]], logits: Tensor) -> None:
-        for row, size, target, numbers, out in zip(rows.unbind(), sizes, targets.unbind(), coefficients, logits.unbind(), strict=True):
+        found = zip(rows.flatten(1).unbind(), sizes, targets.unbind(), coefficients, logits.unbind(), strict=True)
+        for row, size, target, numbers, out in found:
             if size < self.batch:
-                row, target, out = row[:, :size], target[:, :size], out[:, :size]
-            x = self.inputs[size]
-            torch.index_select(self.dataset.train.images, 0, row.flatten(), out=x.view(-1, specs.PIXELS))
+                row, target, out = row.view(-1, self.batch)[:, :size].flatten(), target[:, :size], out[:, :size]
+            torch.index_select(self.dataset.train.images, 0, row, out=self.inputs[size])
             self.update.prepare()
-            self.passes[size](x, target, out)
-            self.update(numbers)
+            for block in self.passes[size](target, out):
+                self.update(numbers, block)
 
     @torch.no_grad()
     def evaluate(self, split: data.Split, member: int = 0) -> Evaluation:
@@ -176,28 +181,29 @@ class Engine:
             self._epoch, self._order = epoch, padded.transpose(0, 1).contiguous().to(self.parameters.device)
         return self._order
 
-    def _gradient(self, batch: int, parameters: list[Tensor], gradients: list[Tensor]) -> "model.MLPGradient | AutogradGradient":
+    def _gradient(self, x: Tensor, parameters: list[Tensor], gradients: list[Tensor]) -> "model.MLPGradient | AutogradGradient":
         match self.modules[0]:
             case model.MLP(activation=activation) if self.precision != "bf16":
-                return model.MLPGradient(activation, parameters, gradients, batch, self.update.carry)
+                return model.MLPGradient(activation, x, parameters, gradients, self.update.carry, len(self.update.blocks))
             case _:
-                return AutogradGradient(self.modules, self.update, self.precision)
+                return AutogradGradient(self.modules, x, self.update, self.precision)
 
 
 class AutogradGradient:
     """The same contract as MLPGradient, for any nn.Modules whose parameters' .grad are views of the update's; one after the other."""
 
-    def __init__(self, modules: Sequence[nn.Module], update: optim.Update, precision: str = "float32") -> None:
-        self.modules, self.update, self.precision = modules, update, precision
+    def __init__(self, modules: Sequence[nn.Module], x: Tensor, update: optim.Update, precision: str = "float32") -> None:
+        self.modules, self.x, self.update, self.precision = modules, x, update, precision
 
-    def __call__(self, x: Tensor, targets: Tensor, logits: Tensor) -> None:
+    def __call__(self, targets: Tensor, logits: Tensor) -> Iterator[int]:
         with torch.no_grad():  # backward adds to what is there
             self.update.gradients.mul_(self.update.carry) if self.update.carry else self.update.gradients.zero_()
         for k, module in enumerate(self.modules):
-            with _autocast(self.precision, x.device):
-                outputs = module(x[k].view(-1, 1, 28, 28))
+            with _autocast(self.precision, self.x.device):
+                outputs = module(self.x[k].view(-1, 1, 28, 28))
             functional.cross_entropy(outputs.float(), targets[k]).backward()
             logits[k].copy_(outputs.detach())
+        yield from range(len(self.update.blocks))
 
 
 def _autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -3,7 +3,7 @@
 Shapes: K models, B batch, P = 784 pixels, H units of a layer, C = 10 classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fmnist import spec as specs
 
+aten = torch.ops.aten
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
 
@@ -55,53 +56,51 @@ class Servable(nn.Module):
 class MLPGradient:
     """The MLP's forward and backward pass written out, for K models at once and one batch size, on memory allocated once.
 
-    Autograd records, allocates and frees for every batch, which costs about as much as the arithmetic of layers
-    this small. `parameters` and `gradients` are in the order of MLP.parameters(): weight [K, H, H'], bias [K, H], ...
-    The hidden activations and errors belong to this object and are overwritten by each call; a gradient is added to `carry` times what is there.
+    Autograd records, allocates and frees for every batch, which costs about as much as the arithmetic of layers this small.
+    Hidden layers and errors lie with the units first, [K, H, B]: the weights, the larger factor, are then multiplied as they lie, a seventh faster.
+    `x` [K, B, P] is the memory of the batch; `parameters` and `gradients` are in the order of MLP.parameters(): weight [K, H, H'], bias [K, H], ...
+    A gradient is added to `carry` times what is there. The first layer's, the largest, is made in `pieces`, which stay in a processor's cache.
     """
 
-    def __init__(self, activation: str, parameters: list[Tensor], gradients: list[Tensor], batch: int, carry: float) -> None:
-        self.weights, self.biases = parameters[::2], [bias.unsqueeze(1) for bias in parameters[1::2]]
-        self.weight_gradients, self.bias_gradients = gradients[::2], [gradient.unsqueeze(1) for gradient in gradients[1::2]]
-        self.ones, self.carry = self.biases[0].new_ones(len(self.biases[0]), 1, batch), carry
-        self.errors = [weight.new_empty(len(weight), batch, weight.shape[1]) for weight in self.weights]
-        self.transposed = [weight.mT for weight in self.weights]  # views made once: to make one costs a tenth of a small product
-        self.errors_transposed = [error.mT for error in self.errors]
+    def __init__(self, activation: str, x: Tensor, parameters: list[Tensor], gradients: list[Tensor], carry: float, pieces: int) -> None:
+        self.weights, self.biases = parameters[::2], [bias.unsqueeze(2) for bias in parameters[1::2]]
+        self.weight_gradients, self.bias_gradients = gradients[::2], [gradient.unsqueeze(2) for gradient in gradients[1::2]]
+        models, batch, _ = x.shape
+        self.ones, self.factors = x.new_ones(models, batch, 1), {"beta": carry, "alpha": 1 / batch}
+        self.output_error = x.new_empty(models, batch, specs.CLASSES)
+        self.errors = [x.new_empty(models, weight.shape[1], batch) for weight in self.weights[:-1]] + [self.output_error.mT]
         self.hidden = [torch.empty_like(error) for error in self.errors[:-1]]
-        self.batch = batch
+        # views are made once: to make one costs a tenth of a small product
+        self.layers, self.rows = [x.mT, *self.hidden], [x, *(hidden.mT for hidden in self.hidden)]
+        self.output_bias, self.transposed = self.biases[-1].mT, [weight.mT for weight in self.weights]
+        self.pieces = [*zip(self.weight_gradients[0].chunk(pieces, 1), self.errors[0].chunk(pieces, 1), strict=True)]
         self.activate, self.backward = _IN_PLACE[activation]
 
-    def __call__(self, x: Tensor, targets: Tensor, logits: Tensor) -> None:
-        """Write the logits [K, B, C] and add the gradients of each mean cross-entropy, given x [K, B, P] and one-hot targets [K, B, C]."""
-        inputs = [x, *self.hidden]
+    def __call__(self, targets: Tensor, logits: Tensor) -> Iterator[int]:
+        """Write the logits [K, B, C] and add the gradients of each mean cross-entropy, given one-hot targets [K, B, C].
+
+        Yields the index of each piece of the first layer's gradient as it is done, the last first; with that, those of the layers above are.
+        """
         for layer, hidden in enumerate(self.hidden):
-            self.activate(torch.baddbmm(self.biases[layer], inputs[layer], self.transposed[layer], out=hidden))
-        torch.baddbmm(self.biases[-1], inputs[-1], self.transposed[-1], out=logits)
-        torch.softmax(logits, -1, out=self.errors[-1]).sub_(targets)
+            self.activate(torch.baddbmm(self.biases[layer], self.weights[layer], self.layers[layer], out=hidden))
+        torch.baddbmm(self.output_bias, self.rows[-1], self.transposed[-1], out=logits)
+        torch.softmax(logits, -1, out=self.output_error).sub_(targets)
         for layer in range(len(self.weights) - 1, -1, -1):
             error = self.errors[layer]
-            self.weight_gradients[layer].baddbmm_(self.errors_transposed[layer], inputs[layer], beta=self.carry, alpha=1 / self.batch)
-            self.bias_gradients[layer].baddbmm_(self.ones, error, beta=self.carry, alpha=1 / self.batch)
+            self.bias_gradients[layer].baddbmm_(error, self.ones, **self.factors)
             if layer:
-                below = torch.bmm(error, self.weights[layer], out=self.errors[layer - 1])
-                self.backward(below, inputs[layer])
+                self.weight_gradients[layer].baddbmm_(error, self.rows[layer], **self.factors)
+                below = torch.bmm(self.transposed[layer], error, out=self.errors[layer - 1])
+                self.backward(below, self.hidden[layer - 1])
+        for piece in range(len(self.pieces) - 1, -1, -1):
+            gradient, error = self.pieces[piece]
+            gradient.baddbmm_(error, self.rows[0], **self.factors)
+            yield piece
 
 
-def _relu_backward(error: Tensor, output: Tensor) -> None:
-    torch.ops.aten.threshold_backward.grad_input(error, output, 0, grad_input=error)
-
-
-def _tanh_backward(error: Tensor, output: Tensor) -> None:
-    torch.ops.aten.tanh_backward.grad_input(error, output, grad_input=error)
-
-
-def _sigmoid_backward(error: Tensor, output: Tensor) -> None:
-    torch.ops.aten.sigmoid_backward.grad_input(error, output, grad_input=error)
-
-
-# Each activation in place, and its derivative as a function of its own output.
-_IN_PLACE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], None]]] = {
-    "relu": (torch.relu_, _relu_backward),
-    "tanh": (torch.tanh_, _tanh_backward),
-    "sigmoid": (torch.sigmoid_, _sigmoid_backward),
+# Each activation in place, and its derivative as a function of its own output, with which it multiplies an error in place.
+_IN_PLACE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "relu": (torch.relu_, lambda error, output: aten.threshold_backward.grad_input(error, output, 0, grad_input=error)),
+    "tanh": (torch.tanh_, lambda error, output: aten.tanh_backward.grad_input(error, output, grad_input=error)),
+    "sigmoid": (torch.sigmoid_, lambda error, output: aten.sigmoid_backward.grad_input(error, output, grad_input=error)),
 }

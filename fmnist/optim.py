@@ -20,11 +20,12 @@ class Update:
     The rules are those of torch.optim's classes of the same names. The optimizers are of one type; their numbers may
     differ, and enter as tensors [K, 1], which costs nothing: an elementwise pass is bound by memory.
 
-    A step is `prepare`, then `gradients` [K, P] become `carry` * gradients + the step's gradient, then the call. Where the gradient is
-    wanted for nothing but SGD's velocity, `gradients` are the velocity: the matrix product that makes the gradient adds it, which saves a pass.
+    A step is `prepare`, then `gradients` [K, P] become `carry` * gradients + the step's gradient, then the call for each block of
+    columns, whose `widths` are given, best while its gradient is in the processor's cache. Where the gradient is wanted for nothing
+    but SGD's velocity, `gradients` are the velocity: the matrix product that makes the gradient adds it, which saves a pass.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], parameters: Tensor) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer], parameters: Tensor, widths: list[int]) -> None:
         self.optimizers, self.parameters = optimizers, parameters
         names = {name for optimizer in optimizers for name in buffer_names(optimizer)}
         self.buffers = {name: torch.zeros_like(parameters) for name in sorted(names)}
@@ -36,31 +37,33 @@ class Update:
         self.gradients = self.buffers["momentum"] if adds else torch.zeros_like(parameters)
         self.mixes = adds and (self.decays or len(set(momenta)) > 1)
         self.carry = momenta[0] if adds and not self.mixes else float(adds)
+        whole = {"parameters": parameters, "gradients": self.gradients, **self.buffers}
+        self.blocks = [dict(zip(whole, parts, strict=True)) for parts in zip(*(t.split(widths, 1) for t in whole.values()), strict=True)]
 
     def prepare(self) -> None:
         """What has to be done before the gradient: all that a matrix product can't, which multiplies by one number."""
         if self.mixes:
             self.gradients.mul_(self.momentum).addcmul_(self.parameters, self.decay)
 
-    def __call__(self, coefficients: Sequence[Tensor]) -> None:
-        """One update, with a step's `coefficients`."""
-        optimizer, parameters, gradients, buffers = self.optimizers[0], self.parameters, self.gradients, self.buffers
-        rate = coefficients[0]
+    def __call__(self, coefficients: Sequence[Tensor], block: int) -> None:
+        """One update of a block of columns, with a step's `coefficients`."""
+        optimizer, rate, of = self.optimizers[0], coefficients[0], self.blocks[block]
+        parameters, gradients = of["parameters"], of["gradients"]
         if isinstance(optimizer, specs.AdamW):
             parameters.mul_(coefficients[2])
         elif self.decays and not self.mixes:
             gradients.addcmul_(parameters, self.decay)
         match optimizer:
             case specs.SGD():
-                if self.nesterov and "momentum" in buffers:
-                    torch.addcmul(gradients, buffers["momentum"], self.momentum, out=buffers["momentum"])
-                    gradients.addcmul_(buffers["momentum"], self.momentum)
+                if self.nesterov and "momentum" in of:
+                    torch.addcmul(gradients, of["momentum"], self.momentum, out=of["momentum"])
+                    gradients.addcmul_(of["momentum"], self.momentum)
                 parameters.addcmul_(gradients, rate, value=-1)
             case specs.Adam(betas=betas, eps=eps) | specs.AdamW(betas=betas, eps=eps):
-                buffers["mean"].lerp_(gradients, 1 - betas[0])
-                buffers["square"].mul_(betas[1]).addcmul_(gradients, gradients, value=1 - betas[1])
-                denominator = torch.sqrt(buffers["square"], out=gradients).div_(coefficients[1]).add_(eps)
-                parameters.addcdiv_(buffers["mean"] * rate, denominator, value=-1)
+                of["mean"].lerp_(gradients, 1 - betas[0])
+                of["square"].mul_(betas[1]).addcmul_(gradients, gradients, value=1 - betas[1])
+                denominator = torch.sqrt(of["square"], out=gradients).div_(coefficients[1]).add_(eps)
+                parameters.addcdiv_(of["mean"] * rate, denominator, value=-1)
 
     def coefficients(self, rates: np.ndarray, first: int) -> list[tuple[Tensor, ...]]:
         """What changes from step to step, each [K, 1], for the steps from `first` on with these learning rates [S, K]."""

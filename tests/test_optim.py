@@ -80,7 +80,7 @@ def test_updates_are_torchs(name: str, dtype: torch.dtype, tolerance: float) -> 
     spec, generator = OPTIMIZERS[name], torch.Generator().manual_seed(1)
     ours = torch.randn(1, 1_000, generator=generator, dtype=dtype)
     theirs = ours.clone().requires_grad_()
-    optimizer, update = torchs_optimizer(spec, [theirs]), optim.Update([spec], ours)
+    optimizer, update = torchs_optimizer(spec, [theirs]), optim.Update([spec], ours, [300, 700])
     for step in range(1, 31):
         theirs.grad = torch.randn(1, 1_000, generator=generator, dtype=dtype)
         theirs.grad[:, :10] = 0
@@ -89,14 +89,15 @@ def test_updates_are_torchs(name: str, dtype: torch.dtype, tolerance: float) -> 
         [coefficients] = update.coefficients(np.array([[lr]]), step)
         update.prepare()
         update.gradients.mul_(update.carry).add_(theirs.grad)
-        update(coefficients)
+        for block in (1, 0):
+            update(coefficients, block)
         optimizer.step()
         torch.testing.assert_close(ours, theirs.detach(), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_buffers_start_at_zero_beside_the_parameters(name: str) -> None:
-    buffers = optim.Update([OPTIMIZERS[name]], torch.ones(1, 7, dtype=torch.float64)).buffers
+    buffers = optim.Update([OPTIMIZERS[name]], torch.ones(1, 7, dtype=torch.float64), [7]).buffers
     assert len(buffers) == (2 if name.startswith("adam") else 0 if name.startswith("sgd") else 1)
     for buffer in buffers.values():
         assert torch.equal(buffer, torch.zeros(1, 7, dtype=torch.float64))
