@@ -87,21 +87,20 @@ def products() -> float:
     import torch
 
     engine = build_engine()
-    gradient, x = engine.passes[BATCH], engine.inputs[BATCH]
-    inputs, logits = [x, *gradient.hidden], torch.empty(1, BATCH, 10)
+    gradient, logits = engine.passes[BATCH], torch.empty(1, BATCH, 10)
 
     def train(steps: int) -> None:
-        outputs = [*gradient.hidden, logits]
         for _ in range(steps):
-            for layer in range(3):
-                torch.bmm(inputs[layer], gradient.transposed[layer], out=outputs[layer])
+            for layer in (0, 1):
+                torch.bmm(gradient.weights[layer], gradient.layers[layer], out=gradient.hidden[layer])
+            torch.bmm(gradient.rows[2], gradient.transposed[2], out=logits)
             for layer in (2, 1, 0):
-                torch.bmm(gradient.errors[layer].mT, inputs[layer], out=gradient.weight_gradients[layer])
+                torch.bmm(gradient.errors[layer], gradient.rows[layer], out=gradient.weight_gradients[layer])
                 if layer:
-                    torch.bmm(gradient.errors[layer], gradient.weights[layer], out=gradient.errors[layer - 1])
+                    torch.bmm(gradient.transposed[layer], gradient.errors[layer], out=gradient.errors[layer - 1])
 
     with torch.no_grad():
-        for tensor in (*gradient.weights, *gradient.errors, x):
+        for tensor in (*gradient.weights, *gradient.errors, *gradient.layers):
             tensor.normal_()
         return per_step(train)
 

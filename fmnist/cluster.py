@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 RETRIES = 10
 """How often Ray starts a trial again whose node or process was lost."""
+PATIENCE_S = 600.0
+"""How long a node keeps trying to hand a run over."""
 POLL_S = 0.25
 PASSED_ON = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
@@ -40,6 +42,13 @@ class Mailbox:
     def __init__(self) -> None:
         self._news: list[Progress] = []
         self._ended: set[int] = set()
+        self._begun: set[int] = set()
+
+    def begin(self, number: int) -> bool:
+        """Whether this trial was begun before, on a node that was lost since."""
+        again = number in self._begun
+        self._begun.add(number)
+        return again
 
     def report(self, progress: Progress) -> bool:
         self._news.append(progress)
@@ -58,15 +67,17 @@ def train(number: int, resolved: Resolved, mailbox: Any, environment: dict[str, 
     os.environ.update(environment)
     import ray
 
-    from fmnist import data, runner
+    from fmnist import data, database, runner
 
     def prune(training: "Training") -> bool:
         return bool(ray.get(mailbox.report.remote(progress(number, training, True))))
 
-    context = runner.Context(specs.home(), say=lambda text: None, prune=prune)
+    # what a node has not handed over may be lost with it: a trial counts as ended once the server has it
+    context = runner.Context(specs.home(), say=lambda text: None, prune=prune, patience_s=PATIENCE_S)
     try:
         data.ensure(context.root, lambda text: None)
-        wanted = runner.missing([resolved], {}, context)
+        recorded = database.recorded(context.root) if ray.get(mailbox.begin.remote(number)) else {}
+        wanted = runner.missing([resolved], recorded, context)
         return dataclasses.asdict(runner.run(wanted, context)[0]) if wanted else None
     except (FmnistError, OSError) as error:
         return {"status": "FAILED", "reason": str(error)}

@@ -24,9 +24,7 @@ YAML_TAG = "tag:yaml.org,2002:"
 WHOLE = "whole numbers in decimal, at most 18 digits"
 SCALARS = {"str": "Unicode text", "int": WHOLE, "float": "numbers in decimal", "bool": "true or false", "null": "null"}
 """The kinds of values that are taken, and what to write."""
-DEFAULT_TYPES = {
-    name: {"type": field.default.type} for name, field in ExperimentSpec.model_fields.items() if hasattr(field.default, "type")
-}
+DEFAULT_TYPES = {name: {"type": each.default.type} for name, each in ExperimentSpec.model_fields.items() if hasattr(each.default, "type")}
 """Of the sections told apart by their `type`."""
 
 Spec = TypeVar("Spec", bound=BaseModel)
@@ -199,9 +197,7 @@ def read_yaml(text: str, place: str, numbered: bool = True) -> Layer:
         here = f"{at(node.start_mark)}: {_printable(path)[:80] or 'spec'}"
         kind = node.tag.removeprefix(YAML_TAG)
         if node.anchor or depth > MAX_DEPTH or kind not in (SCALARS if isinstance(node, ScalarNode) else ("map", "seq")):
-            raise SpecError(
-                f"{here}: only plain mappings, lists, texts, numbers, true, false and null, at most {MAX_DEPTH} deep, are taken"
-            )
+            raise SpecError(f"{here}: only plain mappings, lists, texts, numbers, true, false and null are taken, up to {MAX_DEPTH} deep")
         if isinstance(node, SequenceNode):
             return [plain(item, path, depth + 1) for item in node.value]
         if isinstance(node, MappingNode):

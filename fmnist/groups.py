@@ -124,8 +124,7 @@ def _points(group: Group, by_step: pd.DataFrame) -> Iterator[Point]:
 
 
 def _in_words(group: Group) -> list[str]:
-    lines = [
-        f"Validation accuracy after the last step {group.stated()}, loss {group.stated('last/val_loss')}, mean ± standard deviation over seeds."
-    ]
+    accuracy, loss = group.stated(), group.stated("last/val_loss")
+    lines = [f"Validation accuracy after the last step {accuracy}, loss {loss}, mean ± standard deviation over seeds."]
     lines += [f"Seeds {', '.join(map(str, group.diverged))} diverged: no mean holds them."] if group.diverged else []
     return [*lines, *group.warnings]

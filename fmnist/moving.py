@@ -119,9 +119,7 @@ def _move_registry(here: Store, there: Store, moved: dict[str, str]) -> None:
         if any(each.tags.get(ORIGIN) == version.run_id for each in there.client.search_model_versions(f"name = '{REGISTERED}'")):
             continue
         if not moved.get(version.run_id):
-            raise StoreError(
-                f"version {version.version} of {REGISTERED} is of run {version.run_id}, which is not there; mend that and sync again"
-            )
+            raise StoreError(f"version {version.version} of {REGISTERED}: its run {version.run_id} is not there; mend that and sync again")
         made = there.register(moved[version.run_id], version.description or "", {**version.tags, ORIGIN: version.run_id}, champion=False)
         if champion and champion.version == version.version:
             there.make_champion(str(made))

@@ -3,7 +3,7 @@
 Shapes: S steps, K models, P the parameters of one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ class Update:
         self.gradients = self.buffers["momentum"] if adds else torch.zeros_like(parameters)
         self.mixes = adds and (self.decays or len(set(momenta)) > 1)
         self.carry = momenta[0] if adds and not self.mixes else float(adds)
+        self._rule: Callable[..., None] = self._sgd  # chosen here: to tell the classes apart at each step takes microseconds
+        if isinstance(optimizer := optimizers[0], specs.Adam | specs.AdamW):
+            self._rule, self.betas, self.eps = self._adam, optimizer.betas, optimizer.eps
         whole = {"parameters": parameters, "gradients": self.gradients, **self.buffers}
         self.blocks = [dict(zip(whole, parts, strict=True)) for parts in zip(*(t.split(widths, 1) for t in whole.values()), strict=True)]
 
@@ -47,23 +50,25 @@ class Update:
 
     def __call__(self, coefficients: Sequence[Tensor], block: int) -> None:
         """One update of a block of columns, with a step's `coefficients`."""
-        optimizer, rate, of = self.optimizers[0], coefficients[0], self.blocks[block]
-        parameters, gradients = of["parameters"], of["gradients"]
-        if isinstance(optimizer, specs.AdamW):
-            parameters.mul_(coefficients[2])
-        elif self.decays and not self.mixes:
+        self._rule(**self.blocks[block], coefficients=coefficients)
+
+    def _sgd(self, parameters: Tensor, gradients: Tensor, coefficients: Sequence[Tensor], momentum: Tensor | None = None) -> None:
+        if self.decays and not self.mixes:
             gradients.addcmul_(parameters, self.decay)
-        match optimizer:
-            case specs.SGD():
-                if self.nesterov and "momentum" in of:
-                    torch.addcmul(gradients, of["momentum"], self.momentum, out=of["momentum"])
-                    gradients.addcmul_(of["momentum"], self.momentum)
-                parameters.addcmul_(gradients, rate, value=-1)
-            case specs.Adam(betas=betas, eps=eps) | specs.AdamW(betas=betas, eps=eps):
-                of["mean"].lerp_(gradients, 1 - betas[0])
-                of["square"].mul_(betas[1]).addcmul_(gradients, gradients, value=1 - betas[1])
-                denominator = torch.sqrt(of["square"], out=gradients).div_(coefficients[1]).add_(eps)
-                parameters.addcdiv_(of["mean"] * rate, denominator, value=-1)
+        if self.nesterov and momentum is not None:
+            torch.addcmul(gradients, momentum, self.momentum, out=momentum)
+            gradients.addcmul_(momentum, self.momentum)
+        parameters.addcmul_(gradients, coefficients[0], value=-1)
+
+    def _adam(self, parameters: Tensor, gradients: Tensor, mean: Tensor, square: Tensor, coefficients: Sequence[Tensor]) -> None:
+        if len(coefficients) > 2:  # AdamW's decay
+            parameters.mul_(coefficients[2])
+        elif self.decays:
+            gradients.addcmul_(parameters, self.decay)
+        mean.lerp_(gradients, 1 - self.betas[0])
+        square.mul_(self.betas[1]).addcmul_(gradients, gradients, value=1 - self.betas[1])
+        denominator = torch.sqrt(square, out=gradients).div_(coefficients[1]).add_(self.eps)
+        parameters.addcdiv_(mean * coefficients[0], denominator, value=-1)
 
     def coefficients(self, rates: np.ndarray, first: int) -> list[tuple[Tensor, ...]]:
         """What changes from step to step, each [K, 1], for the steps from `first` on with these learning rates [S, K]."""

@@ -187,9 +187,8 @@ def overlay(groups: Mapping[str, Mapping[str, Traces]], axis: str = "step") -> F
             mean, singles = traced[key].mean, traced[key].singles
             axes.plot(mean[axis], mean["value"], color=colour, linestyle=dash, linewidth=1.6, label=label)
             axes.fill_between(mean[axis], mean["low"], mean["high"], color=colour, alpha=0.18, linewidth=0)
-            axes.add_collection(
-                LineCollection([np.column_stack([run[axis], run["value"]]) for run in singles], colors=colour, alpha=0.3, linewidths=0.6)
-            )
+            lines = [np.column_stack([run[axis], run["value"]]) for run in singles]
+            axes.add_collection(LineCollection(lines, colors=colour, alpha=0.3, linewidths=0.6))
             fitted += [run["value"].to_numpy()[len(run) // 10 :] for run in (mean, *singles)]
         _fit_axes(axes, key.split("/")[1], fitted)
         axes.set_xlabel(axis)
@@ -287,9 +286,7 @@ def confusion_difference(difference: np.ndarray, title: str) -> Figure:
     image = axes.imshow(difference, cmap="PuOr_r", vmin=-limit, vmax=limit)
     for row, column in np.argwhere(np.abs(difference) >= 0.5):
         value = difference[row, column]
-        axes.text(
-            column, row, f"{value:+.0f}", ha="center", va="center", fontsize=9, color="white" if abs(value) > 0.7 * limit else "black"
-        )
+        axes.text(column, row, f"{value:+.0f}", ha="center", va="center", size=9, color="white" if abs(value) > 0.7 * limit else "black")
     axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=45, ha="right")
     axes.set_yticks(range(len(CLASSES)), CLASSES)
     axes.set(xlabel="predicted", ylabel="true", title=title)

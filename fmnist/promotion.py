@@ -44,9 +44,8 @@ def promote(store: Store, text: str, because: str | None = None) -> Promotion:
             return Promotion(None, None, [verdict, f'version {current.version} stays champion; --because "..." promotes it all the same'])
     provenance = {key: run[f"t/{key}"] for key in PROVENANCE if isinstance(run.get(f"t/{key}"), str)}
     tags = {**provenance, "verdict": verdict, "because": because, "replaced": current and current.version}
-    accuracy = {
-        key: run[f"m/{key}"] for key in ("last/val_accuracy", "test/accuracy") if f"m/{key}" in run and run[f"m/{key}"] == run[f"m/{key}"]
-    }
+    known = run.dropna()
+    accuracy = {key: known[f"m/{key}"] for key in ("last/val_accuracy", "test/accuracy") if f"m/{key}" in known}
     about = [f"{run['name']}: " + ", ".join(f"{key} {value:.4f}" for key, value in accuracy.items()), verdict]
     version = store.register(run["run_id"], "\n\n".join([*about, f"Promoted because: {because}"] if because else about), tags)
     return Promotion(run["run_id"], version, [verdict, f"{run['name']} is champion now: {tracking.champion_uri()} is version {version}"])

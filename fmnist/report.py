@@ -319,9 +319,7 @@ def _data(traced: Mapping[str, plots.Traces]) -> dict[str, Any]:
     def numbers(frame: pd.DataFrame) -> dict[str, Any]:
         known = {str(name): frame[name].to_numpy(float) for name in frame if len(frame) and frame[name].notna().any()}
         found: dict[str, Any] = {name: known[name].round(5).tolist() for name in ("seconds", "value", "low", "high") if name in known}
-        found["scale"] = {
-            axis: known[axis][-1] / known["step"][-1] for axis in ("epoch", "examples") if axis in known and known["step"][-1]
-        }
+        found["scale"] = {x: known[x][-1] / known["step"][-1] for x in ("epoch", "examples") if x in known and known["step"][-1]}
         return found | ({"step": known["step"].astype(int).tolist()} if known else {})
 
     return {key: {"mean": numbers(trace.mean), "runs": [numbers(run) for run in trace.singles]} for key, trace in traced.items()}

@@ -22,7 +22,8 @@ from fmnist.state import Journal, StateFolder, at_hand, carrier_lock, is_locked,
 from fmnist.training import Outcome, Stack, State, Training
 
 PREFLIGHT_TIMEOUT_S = 5
-CARRIER_SILENCE_S = 60.0  # how long a carrier may report an error, or be gone, before the command stops waiting for it
+PATIENCE_S = 60.0  # how long a carrier may report an error, or be gone, before the command stops waiting for it
+POLL_S = 0.05
 ARTIFACTS = ("spec.yaml", "curves.parquet", "checkpoint.pt")  # what `extend` needs of a run
 
 
@@ -36,6 +37,7 @@ class Context:
     watch: Callable[["Training"], object] = lambda training: None  # called after each segment
     prune: Callable[["Training"], bool] = lambda training: False  # whether to end it after this evaluation
     wait: bool = True  # for the runs to be in MLflow; else who calls sees to that
+    patience_s: float = PATIENCE_S  # with a store that takes nothing
 
     @property
     def store(self) -> str | None:
@@ -216,11 +218,8 @@ def _take_up(folder: StateFolder, spec: specs.ExperimentSpec, context: Context) 
 def _go_on(journal: Journal, state: State | None, spec: specs.ExperimentSpec, now: dict[str, Any], context: Context) -> None:
     """Record that a run goes on in this environment; where that is another than before, its last bits are not compared."""
     folder, here, step = StateFolder.at(journal.folder), environment.facts(now), state["step"] if state else 0
-    before = [
-        environment.facts(folder.environment),
-        *(record.fields["environment"] for record in journal.records if record.kind == "resume"),
-    ]
-    changed = [environment.differences(place, here) for place in before]
+    resumed = (record.fields["environment"] for record in journal.records if record.kind == "resume")
+    changed = [environment.differences(place, here) for place in (environment.facts(folder.environment), *resumed)]
     other = sorted({f"{key} {change[key]}" for change in changed for key in environment.BITS if key in change})
     context.say(f"continuing {folder.path.name} at step {step:,} of {spec.steps:,} (--fresh would start anew)")
     if other:
@@ -263,7 +262,7 @@ def hand_over(outcomes: Sequence[Outcome], context: Context, carrier: "subproces
         for outcome in outcomes:
             outcome.unsynced = "--no-sync was given"
         return
-    waiting, patience_s = [outcome for outcome in outcomes if outcome.unsynced is None], CARRIER_SILENCE_S
+    waiting, patience_s = [outcome for outcome in outcomes if outcome.unsynced is None], context.patience_s
     try:
         while waiting:
             _wait_for_carrier(context, waiting[0], carrier, patience_s)
@@ -280,28 +279,27 @@ def _wait_for_carrier(context: Context, outcome: Outcome, carrier: "subprocess.P
         end = (folder.path / "journal").stat().st_size
     except FileNotFoundError:  # nobody holds its lock any more, and all of it is in MLflow
         return
-    note, told, quiet_since = folder.carried, False, time.monotonic()
+    lock, note, told, quiet_s = carrier_lock(context.root, specs.store_name()), folder.carried, False, 0.0
     while True:
         before, note = note, folder.carried
         outcome.run_id, outcome.experiment_id = note.get("run_id"), note.get("experiment_id")
-        closed = note.get("closed")
+        closed, error, held = note.get("closed"), note.get("error"), is_locked(lock)
         if closed == "DELETED" or (closed and note["offset"] >= end):
             if closed != outcome.status:  # FAILED although training ended well, if the store lost points
                 outcome.status, outcome.reason = closed, note.get("reason")
                 outcome.exit_code = Diverged.exit_code if closed == "FAILED" else outcome.exit_code
             return
         if note.get("offset") != before.get("offset"):
-            quiet_since = time.monotonic()
-        if time.monotonic() - quiet_since > patience_s:
-            outcome.unsynced = note.get("error") or f"nothing was carried over for {CARRIER_SILENCE_S:.0f} s; see mlruns/sidecar.log"
+            quiet_s = 0.0
+        if quiet_s > patience_s:
+            outcome.unsynced = error or f"nothing was carried over for {patience_s:.0f} s; see mlruns/sidecar.log"
             return
-        if note.get("error") and not told:
-            context.say(
-                f"training is over; the store does not take the run: {note['error']}; trying for {patience_s:.0f} s (Ctrl-C: later)"
-            )
+        if error and not told:
+            context.say(f"training is over; the store does not take the run: {error}; trying for {patience_s:.0f} s (Ctrl-C: later)")
             told = True
-        if (carrier is None or carrier.poll() is not None) and not is_locked(carrier_lock(context.root, specs.store_name())):
+        if not held and (carrier is None or carrier.poll() is not None):
             carrier = start_carrier(context.root)
         if not folder.path.exists():
             return
-        time.sleep(0.05)
+        time.sleep(POLL_S)
+        quiet_s += POLL_S if error or not held else POLL_S / 10  # to close a run at a slow server can take minutes

@@ -25,9 +25,8 @@ def check_port(port: int, target: str) -> None:
     except OSError:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             free = listener.getsockname()[1]
-        raise UserError(
-            f"port {port} on 127.0.0.1 is taken, perhaps by another `make {target}`; port {free} is free: make {target} PORT={free}"
-        ) from None
+        why = f"port {port} on 127.0.0.1 is taken, perhaps by another `make {target}`"
+        raise UserError(f"{why}; port {free} is free: make {target} PORT={free}") from None
 
 
 def serve(command: Sequence[str], root: Path, log: Path, health: str, told: Sequence[str]) -> None:
@@ -88,9 +87,8 @@ def read_image(path: Path, invert: bool) -> Any:
         with Image.open(path) as picture:
             grey = picture.convert("L").resize((28, 28), Image.Resampling.LANCZOS)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{path}: can't be read as a picture: {getattr(error, 'strerror', None) or error}; give PNG or JPEG files"
-        ) from None
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: can't be read as a picture: {why}; give PNG or JPEG files") from None
     return ImageOps.invert(grey) if invert else grey
 
 

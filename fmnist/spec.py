@@ -207,7 +207,7 @@ class ExperimentSpec(Section):
     def _fits_together(self) -> "ExperimentSpec":
         if self.train.batch_size > self.train_images:
             raise ValueError(
-                f"train.batch_size: {self.train.batch_size} is more than the {self.train_images} images trained on; give at most that"
+                f"train.batch_size: {self.train.batch_size} exceeds the {self.train_images} images trained on; give at most that"
             )
         if self.steps > MAX_STEPS:
             raise ValueError(f"train.epochs: {self.train.epochs} makes {self.steps:,} steps; a run has at most {MAX_STEPS:,} steps")
@@ -327,9 +327,7 @@ def tracking_server() -> str | None:
     if given == f"sqlite:///{home() / 'mlruns' / 'mlflow.db'}":
         return None  # set for mlflow's own commands; it is the local store by its other name
     if given and not re.match(r"https?://[^/]", given):
-        raise StoreError(
-            f"MLFLOW_TRACKING_URI: given {redacted(given)!r}; give an http:// or https:// server, or unset it for the local store"
-        )
+        raise StoreError(f"MLFLOW_TRACKING_URI: given {redacted(given)!r}; give an http:// or https:// server, or unset it (local store)")
     return given or None
 
 

@@ -79,7 +79,7 @@ class SweepSpec(Section):
             raise ValueError("grid: give either a grid or a search")
         if self.search and len(self.seeds) > 1:
             raise ValueError(
-                "seeds: a search trains each trial once, give one seed; train the best with others afterwards (make run SEEDS=5)"
+                "seeds: a search trains each trial once: give one, and train the best with others afterwards (make run SEEDS=5)"
             )
         for path in [*self.grid, *(self.search.space if self.search else ())]:
             _defining(path)
@@ -179,9 +179,8 @@ def load(name: str, root: Path) -> Sweep:
     if count > MOST_TRIALS:
         raise SpecError(f"{place(name)}: grid: makes {count:,} trials; a sweep has at most {MOST_TRIALS:,}")
     sweep = Sweep(name, spec, base, root)
-    ends = {
-        path: dimension.choices or (dimension.low, dimension.high) for path, dimension in (spec.search.space if spec.search else {}).items()
-    }
+    space = spec.search.space if spec.search else {}
+    ends = {path: dimension.choices or (dimension.low, dimension.high) for path, dimension in space.items()}
     for path, either in ends.items():
         for value in either:
             sweep.trial(0, {**{other: those[0] for other, those in ends.items()}, path: value}, None)

@@ -59,14 +59,15 @@ def with_store(home: Path, empty_store: Path) -> None:
 
 
 def stop_sidecar(folder: Path) -> None:
-    """End the sidecar that a run in this home left behind; it would idle on for half a minute."""
-    with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
-        pid = int((folder / "mlruns" / ".sidecar.lock").read_text())
-        os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            os.kill(pid, 0)
-            time.sleep(0.05)
+    """End the sidecars that runs in this home left behind; they would idle on for half a minute."""
+    for lock in (folder / "mlruns").glob(".sidecar*.lock"):
+        with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
+            pid = int(lock.read_text())
+            os.kill(pid, signal.SIGTERM)
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                os.kill(pid, 0)
+                time.sleep(0.05)
 
 
 def command(home: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":

@@ -28,7 +28,7 @@ ALLOWED = {
     "sweeps": {"experiments", "spec", "errors"},
     "search": {"journal", "spec", "sweeps"},
     "workers": {"database", "engine", "experiments", "runner", "state", "training", "spec", "errors"},
-    "cluster": {"data", "experiments", "runner", "training", "workers", "spec", "errors"},
+    "cluster": {"data", "database", "experiments", "runner", "training", "workers", "spec", "errors"},
     "sweep_run": {"journal", "plots", "search", "sweeps", "tracking"},
     "sweeping": {"database", "journal", "runner", "search", "state", "sweep_run", "sweeps", "tracking", "training", "workers"},
     "display": {"journal", "spec", "sweeping", "training"},

@@ -283,6 +283,8 @@ def test_a_ray_cluster_that_loses_a_node_gives_what_this_machine_gives(shared: b
             while len(of_sweep(store, place)) < 6 and process.poll() is None:
                 time.sleep(3)  # the server hashes the password at each request
             end(nodes[1])
+            if not shared:
+                stop_sidecar(other)  # it would outlive its node, since it has a session of its own
             out, error = process.communicate(timeout=400)
             assert process.returncode == 0, error[-3000:]
             assert [trial["outcome"] for trial in json.loads(out)["trials"]] == ["finished"] * 12
