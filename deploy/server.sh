@@ -8,6 +8,7 @@ set -eu
 : "${ADMIN_PASSWORD:?of the user admin, 12 characters or more; counts when the database of users is made}"
 : "${SECRET_KEY:?any long random text; keep it, it signs sessions}"
 umask 077
+# auth_cache_ttl_seconds: else the server hashes the password at each request, which takes it 0.1 s and more of a core
 folder=$(mktemp -d)
 cat > "$folder/auth.ini" <<INI
 [mlflow]
@@ -16,6 +17,7 @@ database_uri = $AUTH_DATABASE
 admin_username = admin
 admin_password = $ADMIN_PASSWORD
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+auth_cache_ttl_seconds = 60
 INI
 export MLFLOW_AUTH_CONFIG_PATH="$folder/auth.ini" MLFLOW_FLASK_SERVER_SECRET_KEY="$SECRET_KEY"
 export MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_ENABLE_AI_GATEWAY=false

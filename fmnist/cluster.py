@@ -6,6 +6,7 @@ MLflow server that all of them reach. A trial on a lost node starts again, or go
 
 import dataclasses
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,8 @@ from fmnist.workers import Ended, Job, Lost, Progress, progress
 if TYPE_CHECKING:
     from fmnist.training import Training
 
-RETRIES = 10
-"""How often Ray starts a trial again whose node or process was lost."""
-PATIENCE_S = 600.0
-"""How long a node keeps trying to hand a run over."""
+RETRIES = 10  # how often Ray starts a trial again whose node or process was lost
+PATIENCE_S = 600.0  # how long a node keeps trying to hand a run over
 POLL_S = 0.25
 PASSED_ON = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
@@ -94,9 +93,13 @@ class Cluster:
             raise UserError("--on ray: Ray is not installed here; install the extra: pip install 'fmnist[ray]'") from None
         if specs.tracking_server() is None:
             raise UserError("--on ray: the nodes need an MLflow server that all of them reach; set MLFLOW_TRACKING_URI to it")
+        where = address or os.environ.get("RAY_ADDRESS", "auto")
+        host, _, port = where.rpartition(":")
         try:
-            ray.init(address=address or os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, configure_logging=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+            if port.isdigit() and "/" not in host:  # Ray itself would go on trying for a quarter of an hour
+                socket.create_connection((host, int(port)), timeout=5).close()
+            ray.init(address=where, log_to_driver=False, configure_logging=False)
+        except (OSError, ValueError, RuntimeError) as error:
             why = (str(error).splitlines() or [""])[0][:200]
             raise UserError(f"--on ray: no cluster answers ({why}); start one with `ray start --head`, or give its --address") from None
         # pinned to this node, which this process cannot outlive: on another it would be lost with that one

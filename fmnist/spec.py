@@ -213,10 +213,8 @@ class ExperimentSpec(Section):
             raise ValueError(f"train.epochs: {self.train.epochs} makes {self.steps:,} steps; a run has at most {MAX_STEPS:,} steps")
         if self.steps // self.train.eval_every > MAX_EVALUATIONS:
             raise ValueError(f"train.eval_every: {self.train.eval_every} is too small; a run has at most {MAX_EVALUATIONS:,} evaluations")
-        if self.schedule.warmup_steps >= self.steps:
-            raise ValueError(
-                f"schedule.warmup_steps: {self.schedule.warmup_steps} leaves nothing of the run's {self.steps} steps; give fewer, or more epochs"
-            )
+        if (warmup := self.schedule.warmup_steps) >= self.steps:
+            raise ValueError(f"schedule.warmup_steps: {warmup} leaves nothing of the run's {self.steps} steps; give fewer, or more epochs")
         return self
 
     @property

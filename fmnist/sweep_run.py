@@ -113,9 +113,8 @@ def _lay_out(
     rows.drop(columns=["experiment_id", "start", "end"]).to_csv(folder / "trials.csv", index=False)
     finished = rows[rows["outcome"] == "finished"]
     by_number = {trial.number: trial for trial in trials}
-    importance = importances(
-        sweep, [(by_number[number].settings, value) for number, value in zip(finished["trial"], finished["accuracy"], strict=True)]
-    )
+    accuracies = zip(finished["trial"], finished["accuracy"], strict=True)
+    importance = importances(sweep, [(by_number[number].settings, value) for number, value in accuracies])
     if top:
         (folder / "best.yaml").write_text(as_experiment(sweep, *top), encoding="utf-8")
         plots.sweep(

@@ -161,7 +161,7 @@ def test_two_workers_against_a_server_store_every_point_and_are_compared(place: 
     reported = command(place, "report", "tiny lr=0.01", "tiny lr=0.05")
     assert reported.returncode == 0, reported.stderr
     assert (place / "reports" / "report.html").stat().st_size > 100_000
-    assert not state.state_folders(place)
+    wait_for(lambda: not state.state_folders(place))  # each goes at the carrier's next look after its run was closed
 
 
 def test_a_wrong_password_is_told(place: Path, there: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +281,7 @@ def test_a_ray_cluster_that_loses_a_node_gives_what_this_machine_gives(shared: b
             process = start("sweep", "it", "--on", "ray", "--address", f"127.0.0.1:{port}", "--jobs", "2", "--json")
             store = tracking.connect(place)
             while len(of_sweep(store, place)) < 6 and process.poll() is None:
-                time.sleep(3)  # the server hashes the password at each request
+                time.sleep(1)
             end(nodes[1])
             if not shared:
                 stop_sidecar(other)  # it would outlive its node, since it has a session of its own
@@ -321,5 +321,6 @@ def test_a_cluster_that_is_not_there_is_told(place: Path, server: Server) -> Non
     assert (result.returncode, "set MLFLOW_TRACKING_URI" in result.stderr) == (2, True)
     result = command(place, "sweep", "it", "--on", "ray", "--address", f"127.0.0.1:{free_port()}", **server.environment)
     assert result.returncode == 2
-    assert "no cluster answers" in result.stderr
+    assert "no cluster answers (" in result.stderr
+    assert "Connection refused" in result.stderr
     assert "Traceback" not in result.stderr
