@@ -60,7 +60,7 @@ def _tell(text: str) -> None:
 def _answer(value: dict[str, Any], lines: Iterable[str], as_json: bool, exit_code: int = 0) -> None:
     """What a command found: one JSON object, or lines for people."""
     for line in [json.dumps(value, indent=2, ensure_ascii=False)] if as_json else lines:
-        print(line)
+        print(line, flush=True)
     if exit_code:
         raise typer.Exit(exit_code)
 

@@ -207,6 +207,20 @@ def test_help_names_every_command(fmnist: Fmnist, arguments: list[str]) -> None:
     assert re.findall(r"^  ([a-z]+) ", text.split("Commands:")[1], re.MULTILINE) == COMMANDS
 
 
+def test_an_answer_that_reaches_nobody_is_told_or_left(home: Path) -> None:
+    command = [Path(sys.executable).with_name("fmnist"), "list", "--json"]
+    environment = {**os.environ, "FMNIST_HOME": str(home)}
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert "No space left on device" in result.stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
 @pytest.mark.parametrize("words", ["fmnist run l", "fmnist show l"])
 def test_shell_completion_offers_experiment_names(home: Path, words: str) -> None:
     (home / "experiments" / "linear.yaml").touch()
