@@ -37,9 +37,11 @@ class Update:
         self.gradients = self.buffers["momentum"] if adds else torch.zeros_like(parameters)
         self.mixes = adds and (self.decays or len(set(momenta)) > 1)
         self.carry = momenta[0] if adds and not self.mixes else float(adds)
-        self._rule: Callable[..., None] = self._sgd  # chosen here: to tell the classes apart at each step takes microseconds
+        self._rule: Callable[..., None] = (
+            Update._sgd
+        )  # chosen once, which saves microseconds; unbound, or the circle would keep the tensors
         if isinstance(optimizer := optimizers[0], specs.Adam | specs.AdamW):
-            self._rule, self.betas, self.eps = self._adam, optimizer.betas, optimizer.eps
+            self._rule, self.betas, self.eps = Update._adam, optimizer.betas, optimizer.eps
         whole = {"parameters": parameters, "gradients": self.gradients, **self.buffers}
         self.blocks = [dict(zip(whole, parts, strict=True)) for parts in zip(*(t.split(widths, 1) for t in whole.values()), strict=True)]
 
@@ -50,7 +52,7 @@ class Update:
 
     def __call__(self, coefficients: Sequence[Tensor], block: int) -> None:
         """One update of a block of columns, with a step's `coefficients`."""
-        self._rule(**self.blocks[block], coefficients=coefficients)
+        self._rule(self, **self.blocks[block], coefficients=coefficients)
 
     def _sgd(self, parameters: Tensor, gradients: Tensor, coefficients: Sequence[Tensor], momentum: Tensor | None = None) -> None:
         if self.decays and not self.mixes:

@@ -1,6 +1,8 @@
 """The engine against the obvious PyTorch loop, and its promises: the same bits however a run is cut, and a state that is whole."""
 
+import gc
 import itertools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -115,6 +117,19 @@ def record_gradients(trainer: engine.Engine) -> None:
     count = len(trainer.modules)
     inputs = {size: x.view(count, size, -1) for size, x in trainer.inputs.items()}
     trainer.passes = {size: engine.AutogradGradient(trainer.modules, x, trainer.update) for size, x in inputs.items()}
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_an_engine_that_is_let_go_frees_its_tensors_at_once(optimizer: str, dataset: data.Dataset) -> None:
+    gc.disable()  # many runs in a row would wait for it with all of their tensors
+    try:
+        trainer = engine.Engine([experiment(optimizer=OPTIMIZERS[optimizer])], dataset)
+        trainer.train(3)
+        kept = [weakref.ref(tensor) for tensor in (trainer.parameters, trainer.update.gradients, *trainer.inputs.values())]
+        del trainer
+        assert [each() for each in kept] == [None] * len(kept)
+    finally:
+        gc.enable()
 
 
 def test_autograd_trains_as_the_explicit_gradient(dataset: data.Dataset) -> None:
