@@ -37,9 +37,7 @@ class Update:
         self.gradients = self.buffers["momentum"] if adds else torch.zeros_like(parameters)
         self.mixes = adds and (self.decays or len(set(momenta)) > 1)
         self.carry = momenta[0] if adds and not self.mixes else float(adds)
-        self._rule: Callable[..., None] = (
-            Update._sgd
-        )  # chosen once, which saves microseconds; unbound, or the circle would keep the tensors
+        self._rule: Callable[..., None] = Update._sgd  # chosen once; unbound, as that circle would keep the tensors
         if isinstance(optimizer := optimizers[0], specs.Adam | specs.AdamW):
             self._rule, self.betas, self.eps = Update._adam, optimizer.betas, optimizer.eps
         whole = {"parameters": parameters, "gradients": self.gradients, **self.buffers}
