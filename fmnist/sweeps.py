@@ -79,7 +79,7 @@ class SweepSpec(Section):
             raise ValueError("grid: give either a grid or a search")
         if self.search and len(self.seeds) > 1:
             raise ValueError(
-                "seeds: a search trains each trial once: give one, and train the best with others afterwards (make run SEEDS=5)"
+                "seeds: a search trains each trial once, give one seed; train the best with more afterwards (make run SEEDS=5)"
             )
         for path in [*self.grid, *(self.search.space if self.search else ())]:
             _defining(path)
