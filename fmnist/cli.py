@@ -496,9 +496,7 @@ def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)
 
     root = specs.home()
     if address := specs.tracking_server():
-        raise UserError(
-            f"the runs are at MLFLOW_TRACKING_URI: open {specs.redacted(address)} in a browser, or unset it for the local store"
-        )
+        raise UserError(f"the runs are at MLFLOW_TRACKING_URI: open {specs.redacted(address)} in a browser, or unset it (local store)")
     serving.check_port(port, "ui")
     _look_after(root)
     experiment_id = tracking.connect(root, create=True).experiment(specs.Tracking().experiment)

@@ -44,7 +44,10 @@ def serve(command: Sequence[str], root: Path, log: Path, health: str, told: Sequ
     finally:
         with suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)  # with the workers that it started
-        server.wait()
+            server.wait()
+            for _ in range(100):  # until the last of them is gone: as long as it lives it listens
+                os.killpg(server.pid, 0)
+                time.sleep(0.05)
 
 
 def _wait_until_up(server: "subprocess.Popen[bytes]", health: str, log: Path) -> None:

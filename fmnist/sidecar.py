@@ -312,9 +312,8 @@ class Carrier:
             page += [f"**{status}**: {reason}", ""]
         if final:
             page += [*in_words(final), f"Training took {final['training_s']:.1f} s.", ""]
-        tags = {
-            key: (final or {}).get(key) for key in ("weights", "collapsed_at", "stopped_early_at", "pruned_at", "recording_s", "training_s")
-        }
+        known = ("weights", "collapsed_at", "stopped_early_at", "pruned_at", "recording_s", "training_s")
+        tags = {key: (final or {}).get(key) for key in known}
         end = records[-1].fields if _has_ended(records) else SILENT_END
         tags["outcome"] = end.get("outcome", OUTCOMES[status]) if status == end["status"] else OUTCOMES[status]
         if resumed := [record.fields["step"] for record in records if record.kind == "resume"]:
