@@ -100,8 +100,8 @@ def draw(measured: dict[str, dict[int, list[Measured]]]) -> None:
         axis.set(xlabel=label, ylabel="seconds, whole command", xlim=0, ylim=0)
         axis.grid(alpha=0.3)
         axes[2].plot([n / max(peak, default=1) for n in peak], list(peak.values()), marker="o", label=label)
-    axes[2].set(xlabel="share of the most epochs or runs", ylabel="trainer's peak memory, MB", ylim=0)
-    axes[2].legend()
+    axes[2].set(xlabel="share of the most epochs or runs", ylabel="trainer's peak memory, MB", ylim=(0, 1_200))
+    axes[2].legend(loc="lower right")
     folder = REPOSITORY / "reports"
     folder.mkdir(exist_ok=True)
     figure.savefig(folder / "scaling.png", dpi=120)
