@@ -93,6 +93,12 @@ def whole(folder: Path, outcome: dict) -> bool:
     return finished and [point.step for point in history] == list(range(1, outcome["steps"] + 1))
 
 
+def begun(folder: Path, before: dict) -> bool:
+    """Whether points of another run than the one before, whose folder may still lie there, have reached the store."""
+    notes = [each.carried for each in state.state_folders(folder)]
+    return any(note.get("offset") and note["run_id"] != before["run_id"] for note in notes)
+
+
 def outages(repeats: int, overrides: list[str]) -> bool:
     """Pairs of runs on a server: one left in peace, one that loses it three times; their training times and their points."""
     ratios, good = [], True
@@ -104,7 +110,7 @@ def outages(repeats: int, overrides: list[str]) -> bool:
             for repeat in range(-1, repeats):
                 calm = outcome_of(start(overrides))
                 process = start(overrides)
-                while not any(folder_.carried.get("offset") for folder_ in state.state_folders(folder)):
+                while not begun(folder, calm):
                     time.sleep(0.1)
                 for _ in range(OUTAGES):
                     server.stop()
