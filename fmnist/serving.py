@@ -83,12 +83,12 @@ def model_uri(store: tracking.Store, text: str) -> str:
 
 
 def read_image(path: Path, invert: bool) -> Any:
-    """A picture as the model takes it: uint8 [28, 28], bright on dark as in the data; `invert` for dark on bright."""
+    """A picture, upright, as the model takes it: uint8 [28, 28], bright on dark as in the data; `invert` for dark on bright."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as picture:
-            grey = picture.convert("L").resize((28, 28), Image.Resampling.LANCZOS)
+            grey = ImageOps.exif_transpose(picture).convert("L").resize((28, 28), Image.Resampling.LANCZOS)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         why = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: can't be read as a picture: {why}; give PNG or JPEG files") from None

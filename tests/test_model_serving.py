@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import command, free_port, make_home, stop_sidecar
+from PIL import Image
 
-from fmnist import data, tracking
+from fmnist import data, plots, tracking
 
 pytestmark = pytest.mark.slow
 REFUSE_FMNIST = """
@@ -90,6 +91,24 @@ def test_model_carries_the_metrics_it_earned(logged: tuple[Path, str, np.ndarray
     model = store.client.get_logged_model(logged[1].removeprefix("models:/"))
     assert {"last/val_accuracy", "last/val_loss"} <= {metric.key for metric in model.metrics}
     assert model.status == "READY"
+
+
+def test_predict_names_the_class_of_each_picture(logged: tuple[Path, str, np.ndarray], tmp_path: Path) -> None:
+    home, _, expected = logged
+    run_id = tracking.connect(home).runs()["run_id"].iloc[0]
+    pictures = [str(tmp_path / f"{number}.png") for number in range(3)]
+    for path, image in zip(pictures, data.raw_images(home, 3), strict=True):
+        Image.fromarray(image).save(path)
+    found = json.loads(command(home, "predict", run_id, *pictures, "--json").stdout)["predictions"]
+    assert [each["image"] for each in found] == pictures
+    for each, row in zip(found, expected, strict=False):
+        assert each["class"] == plots.CLASSES[row.argmax()]
+        assert np.allclose(list(each["probabilities"].values()), row, atol=1e-5)
+    lines = command(home, "predict", run_id, *pictures).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == pictures
+    assert plots.CLASSES[expected[0].argmax()] in lines[0]
+    refused = command(home, "predict", "champion", *pictures)
+    assert (refused.returncode, refused.stderr) == (2, "fmnist: there is no champion yet; fmnist promote RUN makes one, or name a run\n")
 
 
 def test_serve_answers_over_http_until_its_command_is_ended(logged: tuple[Path, str, np.ndarray]) -> None:
