@@ -146,7 +146,7 @@ def ended(outcome: "Outcome", link: str | None) -> "Iterator[str]":
     if outcome.metrics:
         yield from (outcome.name, *journal.in_words(vars(outcome)))
     rate = f" ({outcome.steps / outcome.training_s:,.0f} steps/s)" if outcome.training_s else ""
-    yield f"{outcome.status}: {outcome.steps:,} steps in {outcome.training_s:.1f} s{rate}, {outcome.total_s:.1f} s in all"
+    yield f"{outcome.status}: {outcome.steps:,} steps in {outcome.training_s:.1f} s{rate}; the command took {outcome.total_s:.1f} s"
     if outcome.resumable:
         yield f"the same command continues it, or: fmnist run --resume {outcome.key}"
     if outcome.unsynced:

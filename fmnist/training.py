@@ -45,7 +45,7 @@ class Outcome:
     stopped_early_at: int | None = None
     pruned_at: int | None = None  # the step at which a search gave it up
     training_s: float = 0.0
-    total_s: float = 0.0
+    total_s: float = 0.0  # the command's, which may train several runs
     recording_s: float = 0.0  # what of it the journal and the checkpoints took
     reason: str | None = None  # why it did not finish
     diverged: bool = False
