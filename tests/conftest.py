@@ -51,11 +51,15 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tracking.database(folder)
 
 
-@pytest.fixture
-def with_store(home: Path, empty_store: Path) -> None:
-    """The home has a store already, where making one is not what is tested: it takes seconds."""
+def give_store(home: Path, empty_store: Path) -> None:
+    """A store for a home, where making one is not what is tested: it takes seconds."""
     (home / "mlruns").mkdir()
     shutil.copy(empty_store, tracking.database(home))
+
+
+@pytest.fixture
+def with_store(home: Path, empty_store: Path) -> None:
+    give_store(home, empty_store)
 
 
 def stop_sidecar(folder: Path) -> None:
@@ -140,9 +144,10 @@ def sync(home: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recorded(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
     """A home with three seeds of a slow and of a fast setting, one run validated on the test images, and a seed that diverged."""
     home = make_home(tmp_path_factory.mktemp("groups"))
+    give_store(home, empty_store)
     train(home, *HELD_OUT, "--seeds", "3")
     train(home, *HELD_OUT, "-s", "optimizer.lr=0.05", "--seeds", "0,1,2")
     train(home, *QUICK)

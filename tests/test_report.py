@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import command, make_home, stop_sidecar
+from conftest import command, give_store, make_home, stop_sidecar
 from matplotlib import image as images
 
 from fmnist import compare, experiments, plots, readme, tracking
@@ -73,8 +73,9 @@ class Recorded:
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+def recorded(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Recorded:
     home = make_home(tmp_path_factory.mktemp("report"))
+    give_store(home, empty_store)
     patch = pytest.MonkeyPatch()
     patch.setenv("FMNIST_HOME", str(home))
     yield Recorded(home)
