@@ -78,11 +78,13 @@ def home() -> Iterator[Path]:
 
 def start(overrides: list[str]) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "fmnist", "run", "baseline", "--json", *(f"--set={override}" for override in overrides)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def outcome_of(process: "subprocess.Popen[str]") -> dict:
-    return json.loads(process.communicate(timeout=900)[0])
+    result, said = process.communicate(timeout=900)
+    assert result, f"the run told no outcome; it said: {said}"
+    return json.loads(result)
 
 
 def whole(folder: Path, outcome: dict) -> bool:
@@ -110,7 +112,7 @@ def outages(repeats: int, overrides: list[str]) -> bool:
             for repeat in range(-1, repeats):
                 calm = outcome_of(start(overrides))
                 process = start(overrides)
-                while not begun(folder, calm):
+                while process.poll() is None and not begun(folder, calm):
                     time.sleep(0.1)
                 for _ in range(OUTAGES):
                     server.stop()

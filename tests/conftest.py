@@ -59,6 +59,7 @@ def give_store(home: Path, empty_store: Path) -> None:
 
 @pytest.fixture
 def with_store(home: Path, empty_store: Path) -> None:
+    """The home of this test has one."""
     give_store(home, empty_store)
 
 

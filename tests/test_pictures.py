@@ -55,3 +55,10 @@ def test_what_is_no_picture_is_told(image: Image.Image, tmp_path: Path) -> None:
         path = tmp_path / name
         with pytest.raises(UserError, match=f"^{re.escape(str(path))}: can't be read as a picture: .*{why}.*; give PNG or JPEG files$"):
             serving.read_image(path, invert=False)
+
+
+def test_a_picture_too_large_to_read_is_told(image: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image.save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match=r"large\.png: can't be read as a picture: .*exceeds limit.*; give PNG or JPEG files$"):
+        serving.read_image(tmp_path / "large.png", invert=False)
