@@ -45,8 +45,14 @@ Draw = Callable[[np.random.Generator, int], Tables]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=2_000)
-    parser.add_argument("--bank", type=Path, help="an .npz with `correct` [runs, images], or the folder of a bank.npz")
-    parser.add_argument("--collect", metavar="GROUP", help="first fill the bank with this group's recorded runs")
+    parser.add_argument(
+        "--bank",
+        type=Path,
+        help="an .npz with `correct` [runs, images], or the folder of a bank.npz",
+    )
+    parser.add_argument(
+        "--collect", metavar="GROUP", help="first fill the bank with this group's recorded runs"
+    )
     arguments = parser.parse_args()
     draws, bank, began = arguments.draws, arguments.bank, time.perf_counter()
     bank = bank / "bank.npz" if bank and bank.is_dir() else bank
@@ -54,18 +60,32 @@ def main() -> None:
         collect(arguments.collect, bank := bank or specs.home() / "reports" / "bank.npz")
     runs = np.load(bank)["correct"] if bank else np.empty((0, 0), bool)
     if bank and len(runs) < 2 * max(SIZES):
-        raise SystemExit(f"{bank} holds {len(runs)} runs; two disjoint draws of {max(SIZES)} take {2 * max(SIZES)} or more")
+        raise SystemExit(
+            f"{bank} holds {len(runs)} runs; two disjoint draws of {max(SIZES)} take {2 * max(SIZES)} or more"
+        )
     error = (0.05 * 0.95 / draws) ** 0.5
-    lines = [f"# Coverage of compare's 95 % intervals\n\n{draws:,} draws a figure; its standard error at 95 % is {error:.1%}. The true"]
-    lines[0] += f" difference is {TRUTH} for coverage and found (the verdict is 'better'), 0 for false calls (it is not 'cannot tell')."
-    for number, (title, low_by) in enumerate({"(a) normal seeds": 0.0, "(b) one run in ten a point low": LOW_BY}.items()):
+    lines = [
+        f"# Coverage of compare's 95 % intervals\n\n{draws:,} draws a figure; its standard error at 95 % is {error:.1%}. The true"
+    ]
+    lines[0] += (
+        f" difference is {TRUTH} for coverage and found (the verdict is 'better'), 0 for false calls (it is not 'cannot tell')."
+    )
+    for number, (title, low_by) in enumerate(
+        {"(a) normal seeds": 0.0, "(b) one run in ten a point low": LOW_BY}.items()
+    ):
         cells = list(model_cells(number, low_by, draws))
         lines += [f"\n## {title}\n\n{HEAD}", *map(row, cells)]
         if not low_by:
             lines.append(f"\n{required(cells)}")
     if bank:
-        lines += [f"\n## (c) disjoint draws of {len(runs)} real runs ({bank.name})\n\n{HEAD}", *map(row, bank_cells(runs, draws))]
-    lines += ["\n## Looking at 3, 5 and 10 seeds, stopping at the first verdict: false calls in (a)\n", *looking(draws)]
+        lines += [
+            f"\n## (c) disjoint draws of {len(runs)} real runs ({bank.name})\n\n{HEAD}",
+            *map(row, bank_cells(runs, draws)),
+        ]
+    lines += [
+        "\n## Looking at 3, 5 and 10 seeds, stopping at the first verdict: false calls in (a)\n",
+        *looking(draws),
+    ]
     report = specs.home() / "reports" / "coverage.md"
     report.parent.mkdir(exist_ok=True)
     report.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -78,10 +98,14 @@ def collect(wanted: str, bank: Path) -> None:
     [group] = groups.find(store.runs(status=None), [wanted], specs.home())
     sample = groups.sample(store, group)
     if sample.correct is None:
-        raise SystemExit(f"{wanted}: not all of its runs have predictions, which the bank is made of")
+        raise SystemExit(
+            f"{wanted}: not all of its runs have predictions, which the bank is made of"
+        )
     bank.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(bank, correct=sample.correct, index=sample.index)
-    print(f"{bank}: {sample.n} runs, accuracy {sample.accuracy.mean():.4f} ± {sample.accuracy.std(ddof=1):.4f}")
+    print(
+        f"{bank}: {sample.n} runs, accuracy {sample.accuracy.mean():.4f} ± {sample.accuracy.std(ddof=1):.4f}"
+    )
 
 
 def simulated(n: int, paired: bool, by_image: bool, low_by: float, truth: float) -> Draw:
@@ -94,9 +118,15 @@ def simulated(n: int, paired: bool, by_image: bool, low_by: float, truth: float)
         run -= low_by * (rng.random((2, draws, n, 1)) < LOW_SHARE)
         run[1] += truth
         margin = HARDEST + UNITS * rng.random((draws, 1, IMAGES), np.float32)
-        sign = rng.integers(0, 2, (2, draws, 1, IMAGES), np.int8) * np.float32(2) - 1 if by_image else np.zeros(2, np.float32)
+        sign = (
+            rng.integers(0, 2, (2, draws, 1, IMAGES), np.int8) * np.float32(2) - 1
+            if by_image
+            else np.zeros(2, np.float32)
+        )
         before, after = (
-            rng.random((draws, n, IMAGES), np.float32) < UNITS * run[k].astype(np.float32) + (margin + BY_IMAGE * sign[k]) for k in range(2)
+            rng.random((draws, n, IMAGES), np.float32)
+            < UNITS * run[k].astype(np.float32) + (margin + BY_IMAGE * sign[k])
+            for k in range(2)
         )
         return before, after
 
@@ -114,7 +144,9 @@ def resampled(n: int, bank: np.ndarray) -> Draw:
     return draw
 
 
-def estimates(draw: Draw, design: str, draws: int, seed: tuple[int, ...], sizes: tuple[int, ...]) -> np.ndarray:
+def estimates(
+    draw: Draw, design: str, draws: int, seed: tuple[int, ...], sizes: tuple[int, ...]
+) -> np.ndarray:
     """[looks, 4, draws] difference, low, high and p, by each draw's first seeds: as many as `sizes` tell."""
     rng, found = np.random.Generator(np.random.SFC64((SEED, *seed))), []
     step = max(1, CHUNK // (IMAGES * max(sizes)))
@@ -132,18 +164,43 @@ Cell = tuple[int, str, str, float, float, float, float | None]
 def model_cells(model: int, low_by: float, draws: int) -> Iterator[Cell]:
     for number, (n, design, by_image) in enumerate(product(SIZES, DESIGNS, (False, True))):
         null, real = (
-            estimates(simulated(n, design == "paired", by_image, low_by, truth), design, draws, (model, number, k), (n,))[0]
+            estimates(
+                simulated(n, design == "paired", by_image, low_by, truth),
+                design,
+                draws,
+                (model, number, k),
+                (n,),
+            )[0]
             for k, truth in enumerate((0.0, TRUTH))
         )
         difference, low, high, p = real
-        coverage, found = np.mean((low <= TRUTH) & (high >= TRUTH)), np.mean((p < compare.LEVEL) & (difference > 0))
-        yield n, design, "yes" if by_image else "no", coverage, np.mean(null[3] < compare.LEVEL), np.median(high - low) / 2, found
+        coverage, found = (
+            np.mean((low <= TRUTH) & (high >= TRUTH)),
+            np.mean((p < compare.LEVEL) & (difference > 0)),
+        )
+        yield (
+            n,
+            design,
+            "yes" if by_image else "no",
+            coverage,
+            np.mean(null[3] < compare.LEVEL),
+            np.median(high - low) / 2,
+            found,
+        )
 
 
 def bank_cells(bank: np.ndarray, draws: int) -> Iterator[Cell]:
     for number, (n, design) in enumerate(product(SIZES, DESIGNS)):
         _, low, high, p = estimates(resampled(n, bank), design, draws, (2, number), (n,))[0]
-        yield n, design, "no", np.mean((low <= 0) & (high >= 0)), np.mean(p < compare.LEVEL), np.median(high - low) / 2, None
+        yield (
+            n,
+            design,
+            "no",
+            np.mean((low <= 0) & (high >= 0)),
+            np.mean(p < compare.LEVEL),
+            np.median(high - low) / 2,
+            None,
+        )
 
 
 def row(cell: Cell) -> str:
@@ -153,12 +210,13 @@ def row(cell: Cell) -> str:
 
 def required(cells: list[Cell]) -> str:
     """Whether what (a) has to reach is reached."""
-    least, most = min(cell[3] for cell in cells), max(cell[3] for cell in cells if cell[0] == max(SIZES))
+    least, most = (
+        min(cell[3] for cell in cells),
+        max(cell[3] for cell in cells if cell[0] == max(SIZES)),
+    )
     false_calls = max(cell[4] for cell in cells)
     met = least >= 0.94 and false_calls <= 0.06 and most <= 0.98
-    told = (
-        f"coverage at least {least:.1%} (94 %), at n = {max(SIZES)} at most {most:.1%} (98 %), false calls at most {false_calls:.1%} (6 %)"
-    )
+    told = f"coverage at least {least:.1%} (94 %), at n = {max(SIZES)} at most {most:.1%} (98 %), false calls at most {false_calls:.1%} (6 %)"
     return f"Required in every cell of (a): {'met' if met else 'NOT MET'}: {told}."
 
 

@@ -42,10 +42,33 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        stores = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--artifacts-destination", str(self.folder / "kept")]
-        command = [sys.executable, "-m", "mlflow", "server", *stores, "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        stores = [
+            "--backend-store-uri",
+            f"sqlite:///{self.folder}/server.db",
+            "--artifacts-destination",
+            str(self.folder / "kept"),
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            *stores,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--workers",
+            "1",
+        ]
         with open(self.folder / "server.log", "ab") as log:
-            self.process = subprocess.Popen(command, env={**os.environ, **tracking.SETTINGS}, stdout=log, stderr=log, cwd=self.folder)
+            self.process = subprocess.Popen(
+                command,
+                env={**os.environ, **tracking.SETTINGS},
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+            )
         deadline = time.monotonic() + 120
         while True:
             with contextlib.suppress(OSError):
@@ -68,7 +91,9 @@ def home() -> Iterator[Path]:
         (folder / "data").symlink_to(REPOSITORY / "data")
         os.environ["FMNIST_HOME"] = name
         yield folder
-        for lock in (folder / "mlruns").glob(".sidecar*.lock"):  # a sidecar idles on; it must not compete with what is timed next
+        for lock in (folder / "mlruns").glob(
+            ".sidecar*.lock"
+        ):  # a sidecar idles on; it must not compete with what is timed next
             with contextlib.suppress(ValueError, ProcessLookupError):
                 pid = int(lock.read_text())
                 while True:
@@ -77,7 +102,15 @@ def home() -> Iterator[Path]:
 
 
 def start(overrides: list[str]) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "fmnist", "run", "baseline", "--json", *(f"--set={override}" for override in overrides)]
+    command = [
+        sys.executable,
+        "-m",
+        "fmnist",
+        "run",
+        "baseline",
+        "--json",
+        *(f"--set={override}" for override in overrides),
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -91,7 +124,9 @@ def whole(folder: Path, outcome: dict) -> bool:
     """Whether a run is FINISHED in its store with every step once."""
     store = tracking.connect(folder)
     history = store.client.get_metric_history(outcome["run_id"], "train/loss")
-    finished = store.client.get_run(outcome["run_id"]).info.status == outcome["status"] == "FINISHED"
+    finished = (
+        store.client.get_run(outcome["run_id"]).info.status == outcome["status"] == "FINISHED"
+    )
     return finished and [point.step for point in history] == list(range(1, outcome["steps"] + 1))
 
 
@@ -121,16 +156,23 @@ def outages(repeats: int, overrides: list[str]) -> bool:
                     time.sleep(1)
                 struck = outcome_of(process)
                 if not struck["run_id"] or struck["unsynced"]:
-                    subprocess.run([sys.executable, "-m", "fmnist", "sync"], check=True, capture_output=True)
+                    subprocess.run(
+                        [sys.executable, "-m", "fmnist", "sync"], check=True, capture_output=True
+                    )
                 good = good and whole(folder, calm) and whole(folder, struck)
                 if repeat >= 0:  # the first pair warms the file cache
                     ratios.append(struck["training_s"] / calm["training_s"])
-                    print(f"training {calm['training_s']:.1f} s in peace, {struck['training_s']:.1f} s with {OUTAGES} outages", flush=True)
+                    print(
+                        f"training {calm['training_s']:.1f} s in peace, {struck['training_s']:.1f} s with {OUTAGES} outages",
+                        flush=True,
+                    )
         finally:
             server.stop()
             del os.environ["MLFLOW_TRACKING_URI"]
     spread = f"median {statistics.median(ratios):.3f}, range {min(ratios):.3f} to {max(ratios):.3f}, n = {len(ratios)}"
-    print(f"outages: all points {'there' if good else 'NOT there'}; training time struck / in peace: {spread}")
+    print(
+        f"outages: all points {'there' if good else 'NOT there'}; training time struck / in peace: {spread}"
+    )
     return good
 
 
@@ -142,19 +184,29 @@ def crowd() -> bool:
         reports = 0
         while any(process.poll() is None for process in processes):  # reading goes on meanwhile
             if tracking.database(folder).exists():
-                reports += subprocess.run([sys.executable, "-m", "fmnist", "list"], capture_output=True).returncode == 0
+                reports += (
+                    subprocess.run(
+                        [sys.executable, "-m", "fmnist", "list"], capture_output=True
+                    ).returncode
+                    == 0
+                )
                 tracking.connect(folder).runs(status=None)
             time.sleep(0.5)
         together = time.monotonic() - clock
         outcomes = [outcome_of(process) for process in processes]
-        good = all(whole(folder, outcome) for outcome in outcomes) and len({outcome["run_id"] for outcome in outcomes}) == CROWD
+        good = (
+            all(whole(folder, outcome) for outcome in outcomes)
+            and len({outcome["run_id"] for outcome in outcomes}) == CROWD
+        )
         locked = (folder / "mlruns" / "sidecar.log").read_text().count("locked")
     with home() as folder:
         clock = time.monotonic()
         outcomes = [outcome_of(start([*CROWD_RUN, f"train.seed={seed}"])) for seed in range(CROWD)]
         in_a_row = time.monotonic() - clock
         good = good and all(whole(folder, outcome) for outcome in outcomes)
-    print(f"crowd: {CROWD} first runs at once {together:.0f} s, in a row {in_a_row:.0f} s; all points {'there' if good else 'NOT there'};")
+    print(
+        f"crowd: {CROWD} first runs at once {together:.0f} s, in a row {in_a_row:.0f} s; all points {'there' if good else 'NOT there'};"
+    )
     print(f"       'locked' in the sidecar's log {locked} times; read {reports} times meanwhile")
     return good and locked == 0
 

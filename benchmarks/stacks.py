@@ -30,9 +30,14 @@ def main() -> None:
     if device.type == "cpu":
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     dataset = data.load(specs.Data(), REPOSITORY, device)
-    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}, torch {torch.__version__}, n = {arguments.repeats}")
+    print(
+        f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}, torch {torch.__version__}, n = {arguments.repeats}"
+    )
     for hidden in MODELS:
-        engines = {n: engine.Engine([member(hidden, seed) for seed in range(n)], dataset) for n in arguments.stacks}
+        engines = {
+            n: engine.Engine([member(hidden, seed) for seed in range(n)], dataset)
+            for n in arguments.stacks
+        }
         found: dict[int, list[float]] = {n: [] for n in engines}
         for _ in range(arguments.repeats + 1):  # the first warms up
             for n, trainer in engines.items():
@@ -40,13 +45,21 @@ def main() -> None:
                 trainer.train(trainer.step + STEPS)
                 found[n].append((time.perf_counter() - began) / STEPS / n * 1e6)
         medians = {n: statistics.median(times[1:]) for n, times in found.items()}
-        told = [f"K={n}: {medians[n]:.0f} us, gain {medians[min(medians)] / medians[n]:.2f}" for n in medians]
+        told = [
+            f"K={n}: {medians[n]:.0f} us, gain {medians[min(medians)] / medians[n]:.2f}"
+            for n in medians
+        ]
         print(f"hidden {list(hidden)}: " + "; ".join(told))
 
 
 def member(hidden: tuple[int, ...], seed: int) -> specs.ExperimentSpec:
     train = specs.Train(seed=seed)
-    return specs.ExperimentSpec(name="stacks", model=specs.MLP(hidden=hidden), optimizer=specs.SGD(momentum=0.9), train=train)
+    return specs.ExperimentSpec(
+        name="stacks",
+        model=specs.MLP(hidden=hidden),
+        optimizer=specs.SGD(momentum=0.9),
+        train=train,
+    )
 
 
 if __name__ == "__main__":

@@ -23,8 +23,12 @@ WARM, STEPS = 500, 3_000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", choices=CONTESTANTS, help="time this one here and print microseconds per step")
-    parser.add_argument("--profile", action="store_true", help="print where this package's step spends its time")
+    parser.add_argument(
+        "--only", choices=CONTESTANTS, help="time this one here and print microseconds per step"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="print where this package's step spends its time"
+    )
     arguments = parser.parse_args()
     if arguments.only:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -42,12 +46,16 @@ def compare(repeats: int) -> None:
     times: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
     for _ in range(repeats):
         for name, found in times.items():
-            result = subprocess.run([sys.executable, __file__, "--only", name], capture_output=True, text=True)
+            result = subprocess.run(
+                [sys.executable, __file__, "--only", name], capture_output=True, text=True
+            )
             if result.returncode == 0:
                 found.append(float(result.stdout.split()[-1]))
             else:
                 print(f"{name}: {result.stderr.strip().splitlines()[-1]}")
-    print(f"{'one core, batch 32':<28} {'us per step':>11} {'range':>14}   ratio to ours, round by round: median (range)")
+    print(
+        f"{'one core, batch 32':<28} {'us per step':>11} {'range':>14}   ratio to ours, round by round: median (range)"
+    )
     for name, found in times.items():
         if found:
             ratios = [value / ours for value, ours in zip(found, times["ours"], strict=False)]
@@ -69,7 +77,9 @@ def build_engine():  # type: ignore[no-untyped-def]
     from fmnist import spec as specs
 
     dataset = data.load(specs.Data(), REPOSITORY, engine.device(specs.Compute(device="cpu")))
-    return engine.Engine([specs.ExperimentSpec(name="step", optimizer=specs.SGD(lr=LR, momentum=MOMENTUM))], dataset)
+    return engine.Engine(
+        [specs.ExperimentSpec(name="step", optimizer=specs.SGD(lr=LR, momentum=MOMENTUM))], dataset
+    )
 
 
 def ours() -> float:
@@ -92,12 +102,22 @@ def products() -> float:
     def train(steps: int) -> None:
         for _ in range(steps):
             for layer in (0, 1):
-                torch.bmm(gradient.weights[layer], gradient.layers[layer], out=gradient.hidden[layer])
+                torch.bmm(
+                    gradient.weights[layer], gradient.layers[layer], out=gradient.hidden[layer]
+                )
             torch.bmm(gradient.rows[2], gradient.transposed[2], out=logits)
             for layer in (2, 1, 0):
-                torch.bmm(gradient.errors[layer], gradient.rows[layer], out=gradient.weight_gradients[layer])
+                torch.bmm(
+                    gradient.errors[layer],
+                    gradient.rows[layer],
+                    out=gradient.weight_gradients[layer],
+                )
                 if layer:
-                    torch.bmm(gradient.transposed[layer], gradient.errors[layer], out=gradient.errors[layer - 1])
+                    torch.bmm(
+                        gradient.transposed[layer],
+                        gradient.errors[layer],
+                        out=gradient.errors[layer - 1],
+                    )
 
     with torch.no_grad():
         for tensor in (*gradient.weights, *gradient.errors, *gradient.layers):
@@ -113,7 +133,9 @@ def autograd(compiled: bool = False) -> float:
 
     torch.set_num_threads(1)
     dataset = build_engine().dataset.train
-    network = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
+    network = nn.Sequential(
+        nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)
+    )
     optimizer = torch.optim.SGD(network.parameters(), LR, MOMENTUM, fused=not compiled)
 
     def step(images, labels):  # type: ignore[no-untyped-def]
@@ -127,7 +149,9 @@ def autograd(compiled: bool = False) -> float:
     act = torch.compile(step) if compiled else step
 
     def train(steps: int) -> None:
-        order = torch.cat([torch.randperm(len(dataset)) for _ in range(1 + steps * BATCH // len(dataset))])
+        order = torch.cat(
+            [torch.randperm(len(dataset)) for _ in range(1 + steps * BATCH // len(dataset))]
+        )
         measured = []
         for rows in order.split(BATCH)[:steps]:
             measured.append(act(dataset.images[rows], dataset.labels[rows]))
@@ -156,7 +180,10 @@ def evaluation(repeats: int = 9) -> None:
     from fmnist.engine import EVALUATION_BATCH
 
     engine = build_engine()
-    split, weights = engine.dataset.validation, [parameter for parameter in engine.modules[0].parameters() if parameter.ndim == 2]
+    split, weights = (
+        engine.dataset.validation,
+        [parameter for parameter in engine.modules[0].parameters() if parameter.ndim == 2],
+    )
     whole, products = [], []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -183,15 +210,27 @@ def profile() -> None:
         engine.train(WARM + 1_000)
     rows = sorted(recorded.key_averages(), key=lambda row: -row.self_cpu_time_total)
     total = sum(row.self_cpu_time_total for row in rows)
-    products_us = sum(row.self_cpu_time_total for row in rows if row.key in ("aten::bmm", "aten::baddbmm", "aten::baddbmm_"))
+    products_us = sum(
+        row.self_cpu_time_total
+        for row in rows
+        if row.key in ("aten::bmm", "aten::baddbmm", "aten::baddbmm_")
+    )
     print(
         f"\nThis package's step by operation (torch.profiler, whose own cost is in it); {total / products_us:.2f} times its matrix products:"
     )
     for row in rows[:14]:
-        print(f"  {row.key:<32} {row.self_cpu_time_total / 1_000:>7.1f} us per step  {row.self_cpu_time_total / total:>4.0%}")
+        print(
+            f"  {row.key:<32} {row.self_cpu_time_total / 1_000:>7.1f} us per step  {row.self_cpu_time_total / total:>4.0%}"
+        )
 
 
-CONTESTANTS = {"ours": ours, "products": products, "autograd": autograd, "compiled": compiled, "jax_scan": jax_scan}
+CONTESTANTS = {
+    "ours": ours,
+    "products": products,
+    "autograd": autograd,
+    "compiled": compiled,
+    "jax_scan": jax_scan,
+}
 
 if __name__ == "__main__":
     main()

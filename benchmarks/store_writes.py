@@ -26,9 +26,13 @@ def write(uri: str, experiment: str, batches: int, ready: Barrier) -> None:
     run_id = client.create_run(experiment).info.run_id
     now = time.time_ns() // 1_000_000
     points = [
-        Point(key, 0.5, now + step, step) for step in range(batches * tracking.BATCH // 2) for key in ("train/loss", "train/accuracy")
+        Point(key, 0.5, now + step, step)
+        for step in range(batches * tracking.BATCH // 2)
+        for key in ("train/loss", "train/accuracy")
     ]
-    metrics = [entities.Metric(point.key, point.value, point.timestamp_ms, point.step) for point in points]
+    metrics = [
+        entities.Metric(point.key, point.value, point.timestamp_ms, point.step) for point in points
+    ]
     ready.wait()
     for start in range(0, len(metrics), tracking.BATCH):
         client.log_batch(run_id, metrics=metrics[start : start + tracking.BATCH])
@@ -38,10 +42,14 @@ def rate(uri: str, writers: int, batches: int) -> float:
     """Points a second of all writers together."""
     from mlflow import MlflowClient
 
-    experiment = MlflowClient(tracking_uri=uri).create_experiment(f"writes-{writers}-{time.time_ns()}")
+    experiment = MlflowClient(tracking_uri=uri).create_experiment(
+        f"writes-{writers}-{time.time_ns()}"
+    )
     spawn = multiprocessing.get_context("spawn")
     ready = spawn.Barrier(writers + 1)
-    processes = [spawn.Process(target=write, args=(uri, experiment, batches, ready)) for _ in range(writers)]
+    processes = [
+        spawn.Process(target=write, args=(uri, experiment, batches, ready)) for _ in range(writers)
+    ]
     for process in processes:
         process.start()
     ready.wait()
@@ -64,10 +72,18 @@ def main() -> None:
         for uri in arguments.uris:
             for writers in WRITERS:
                 found.setdefault((uri, writers), []).append(rate(uri, writers, arguments.batches))
-    print("| points a second | " + " | ".join(f"{writers} writers" for writers in WRITERS) + " |\n|---|" + "---|" * len(WRITERS))
+    print(
+        "| points a second | "
+        + " | ".join(f"{writers} writers" for writers in WRITERS)
+        + " |\n|---|"
+        + "---|" * len(WRITERS)
+    )
     for uri in arguments.uris:
         cells = (found[uri, writers] for writers in WRITERS)
-        told = (f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})" for rates in cells)
+        told = (
+            f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
+            for rates in cells
+        )
         print(f"| {uri.partition(':')[0]} | {' | '.join(told)} |")
 
 

@@ -53,7 +53,9 @@ class Home:
     def start(self) -> "subprocess.Popen[bytes]":
         arguments = ["run", "baseline", "--json", *(f"--set={override}" for override in SPEC)]
         with open(self.folder / "trainer.log", "ab") as log:
-            return subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], stdout=log, stderr=log)
+            return subprocess.Popen(
+                [sys.executable, "-c", COMMAND, *arguments], stdout=log, stderr=log
+            )
 
     def state(self) -> StateFolder | None:
         folders = state_folders(self.folder)
@@ -62,7 +64,9 @@ class Home:
     def path(self) -> Path | None:
         """Where that folder is; cheap enough to ask a thousand times a second beside what is measured."""
         with contextlib.suppress(OSError):
-            names = [name for name in os.listdir(state_folder(self.folder)) if not name.startswith(".")]
+            names = [
+                name for name in os.listdir(state_folder(self.folder)) if not name.startswith(".")
+            ]
             return state_folder(self.folder) / names[-1] if names else None
         return None
 
@@ -72,7 +76,12 @@ class Home:
             return int(lock.read_text()) if is_locked(lock) else None
         return None
 
-    def wait(self, trainer: "subprocess.Popen[bytes]", condition: Callable[[], object], seconds: float = 60) -> bool:
+    def wait(
+        self,
+        trainer: "subprocess.Popen[bytes]",
+        condition: Callable[[], object],
+        seconds: float = 60,
+    ) -> bool:
         """Whether it came true before the trainer ended."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -89,11 +98,16 @@ def behind(state: StateFolder | None) -> bool:
     if state is None or not state.path.exists():
         return False
     with contextlib.suppress(OSError):
-        return bool(state.carried) and state.carried.get("offset", 0) < (state.path / "journal").stat().st_size
+        return (
+            bool(state.carried)
+            and state.carried.get("offset", 0) < (state.path / "journal").stat().st_size
+        )
     return False
 
 
-def kill_in(home: Home, target: str, trainer: "subprocess.Popen[bytes]", began: float) -> str | None:
+def kill_in(
+    home: Home, target: str, trainer: "subprocess.Popen[bytes]", began: float
+) -> str | None:
     """Wait for a random moment in a phase, kill, and tell in which phase that was; None where the run was faster."""
     victim, pause = "trainer", home.random.uniform(0, 0.3)
 
@@ -156,7 +170,9 @@ def can_go_on(path: Path) -> bool:
     return False  # its sidecar has taken it away
 
 
-def run_until_done(home: Home, wanted: Callable[[], str | None], count: Callable[[str], None]) -> None:
+def run_until_done(
+    home: Home, wanted: Callable[[], str | None], count: Callable[[str], None]
+) -> None:
     """One run: started, killed and started again while kills are wanted (of this run at most 30), then left to finish."""
     begun: Path | None = None
     for attempt in range(40):
@@ -170,9 +186,13 @@ def run_until_done(home: Home, wanted: Callable[[], str | None], count: Callable
             return
         begun = home.path() or begun
         if begun is not None and not can_go_on(begun):  # it was killed behind its end
-            subprocess.run([sys.executable, "-m", "fmnist", "sync"], check=True, capture_output=True)
+            subprocess.run(
+                [sys.executable, "-m", "fmnist", "sync"], check=True, capture_output=True
+            )
             return
-    raise AssertionError(f"a run did not get done: {(home.folder / 'trainer.log').read_text()[-2000:]}")
+    raise AssertionError(
+        f"a run did not get done: {(home.folder / 'trainer.log').read_text()[-2000:]}"
+    )
 
 
 # ---- what came out
@@ -190,10 +210,20 @@ def result(home: Home, run_id: str) -> dict[str, object]:
         figures = [hashlib.sha256((Path(into) / name).read_bytes()).hexdigest() for name in FIGURES]
         predictions = pd.read_parquet(Path(into) / "predictions.parquet")
     with contextlib.closing(sqlite3.connect(tracking.database(home.folder))) as connection:
-        rows = connection.execute("SELECT key, step, value, is_nan FROM metrics WHERE run_uuid = ? ORDER BY key, step, value", (run_id,))
+        rows = connection.execute(
+            "SELECT key, step, value, is_nan FROM metrics WHERE run_uuid = ? ORDER BY key, step, value",
+            (run_id,),
+        )
         points = rows.fetchall()
     run = store.client.get_run(run_id)
-    return {"status": run.info.status, "points": points, "curves": curves, "state": state, "predictions": predictions, "figures": figures}
+    return {
+        "status": run.info.status,
+        "points": points,
+        "curves": curves,
+        "state": state,
+        "predictions": predictions,
+        "figures": figures,
+    }
 
 
 def store_spec(folder: Path) -> specs.ExperimentSpec:
@@ -212,11 +242,18 @@ def faults(found: dict[str, object], whole: dict[str, object]) -> list[str]:
         wrong.append(f"{more.total()} points too many, as {next(iter(more))}")
     for name in ("curves", "predictions"):
         a, b = found[name], whole[name]
-        if list(a) != list(b) or any(not np.array_equal(a[column], b[column], equal_nan=a[column].dtype.kind == "f") for column in a):
+        if list(a) != list(b) or any(
+            not np.array_equal(a[column], b[column], equal_nan=a[column].dtype.kind == "f")
+            for column in a
+        ):
             wrong.append(name)
     a, b = found["state"], whole["state"]
     same_buffers = all(torch.equal(a["buffers"][name], b["buffers"][name]) for name in b["buffers"])
-    if a["step"] != b["step"] or not torch.equal(a["parameters"], b["parameters"]) or not same_buffers:
+    if (
+        a["step"] != b["step"]
+        or not torch.equal(a["parameters"], b["parameters"])
+        or not same_buffers
+    ):
         wrong.append("weights")
     return wrong + [name for name in ("status", "figures") if found[name] != whole[name]]
 
@@ -225,7 +262,12 @@ def faults(found: dict[str, object], whole: dict[str, object]) -> list[str]:
 
 
 def work(
-    folder: str, seed: int, kills: "multiprocessing.managers.DictProxy[str, int]", lock: object, goal: tuple[int, int], results: list
+    folder: str,
+    seed: int,
+    kills: "multiprocessing.managers.DictProxy[str, int]",
+    lock: object,
+    goal: tuple[int, int],
+    results: list,
 ) -> None:
     home = Home(Path(folder), seed)
     total, per_phase = goal
@@ -235,7 +277,9 @@ def work(
             short = [phase for phase in PHASES if kills.get(phase, 0) < per_phase]
             if not short and sum(kills.values()) >= total:
                 return None
-        return home.random.choice(short or ("start-up", "segment", "checkpoint"))  # those that cost no start of MLflow
+        return home.random.choice(
+            short or ("start-up", "segment", "checkpoint")
+        )  # those that cost no start of MLflow
 
     def count(phase: str) -> None:
         with lock:
@@ -253,7 +297,10 @@ def work(
             whole = found
         else:
             results.append(faults(found, whole))
-            print(f"{dict(kills)} {len(results)} runs: {'equal' if not results[-1] else results[-1]}", flush=True)
+            print(
+                f"{dict(kills)} {len(results)} runs: {'equal' if not results[-1] else results[-1]}",
+                flush=True,
+            )
         if wanted() is None:
             break
         run_until_done(home, wanted, count)
@@ -277,7 +324,12 @@ def main() -> None:
         for number in range(arguments.workers):
             home = Path(folder) / str(number)
             home.mkdir()
-            workers.append(context.Process(target=work, args=(str(home), arguments.seed + number, kills, lock, goal, results)))
+            workers.append(
+                context.Process(
+                    target=work,
+                    args=(str(home), arguments.seed + number, kills, lock, goal, results),
+                )
+            )
             workers[-1].start()
         for worker in workers:
             worker.join()
@@ -285,8 +337,12 @@ def main() -> None:
         total = sum(kills.values())
         print(json.dumps({"kills": total, **kills, "runs": len(results), "not equal": len(bad)}))
         if not bad and total:
-            print(f"{total} kills without a fault: at 95 % confidence, fewer than {100 * (1 - 0.05 ** (1 / total)):.2f} % of kills do harm")
-        print(f"{time.monotonic() - began:.0f} s; {bad or 'every result equal to the unbroken run'}")
+            print(
+                f"{total} kills without a fault: at 95 % confidence, fewer than {100 * (1 - 0.05 ** (1 / total)):.2f} % of kills do harm"
+            )
+        print(
+            f"{time.monotonic() - began:.0f} s; {bad or 'every result equal to the unbroken run'}"
+        )
         sys.exit(1 if bad or any(worker.exitcode for worker in workers) else 0)
 
 

@@ -28,7 +28,10 @@ from fmnist import tracking
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STEPS = 37_500
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"}
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+}
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,22 @@ CONTESTANTS = {
     "jax": Contestant("JAX lax.scan, log_batch", "jax_program.py"),
     "jax-1": Contestant("JAX lax.scan, log_batch, one thread", "jax_program.py", one_thread=True),
     "engineer": Contestant("a good engineer's PyTorch loop", "engineer.py"),
-    "notebook": Contestant("the notebook's loop, no MLflow", "notebook.py", 3_000, ("--no-logging",)),
+    "notebook": Contestant(
+        "the notebook's loop, no MLflow", "notebook.py", 3_000, ("--no-logging",)
+    ),
     "notebook-log": Contestant("the notebook's loop, log_metric each step", "notebook.py", 1_500),
     "lightning": Contestant("Lightning + MLFlowLogger, every step", "lightning_program.py", 1_500),
     "keras": Contestant("Keras 3 (JAX) + MlflowCallback, every step", "keras_program.py", 1_000),
     "skorch": Contestant("skorch + MlflowLogger, every step", "skorch_program.py", 1_000),
-    "ours-50": Contestant("this package, log_every 50", "ours", options=("--set=tracking.log_every=50",)),
-    "lightning-50": Contestant("Lightning, its default: every 50 steps", "lightning_program.py", 3_000, ("--log-every=50",)),
-    "keras-epoch": Contestant("Keras 3 (JAX), its default: every epoch", "keras_program.py", 3_750, ("--log-every=1875",)),
+    "ours-50": Contestant(
+        "this package, log_every 50", "ours", options=("--set=tracking.log_every=50",)
+    ),
+    "lightning-50": Contestant(
+        "Lightning, its default: every 50 steps", "lightning_program.py", 3_000, ("--log-every=50",)
+    ),
+    "keras-epoch": Contestant(
+        "Keras 3 (JAX), its default: every epoch", "keras_program.py", 3_750, ("--log-every=1875",)
+    ),
 }
 
 
@@ -69,7 +80,10 @@ def main() -> None:
             for name, results in found.items():
                 home = Path(folder) / f"{name}-{repeat}"
                 results.append(time_one(CONTESTANTS[name], home, template))
-                print(f"{name:<14} whole {results[-1]['whole']:7.1f} s, training {results[-1]['training']:7.1f} s", flush=True)
+                print(
+                    f"{name:<14} whole {results[-1]['whole']:7.1f} s, training {results[-1]['training']:7.1f} s",
+                    flush=True,
+                )
                 shutil.rmtree(home)
     write(found)
 
@@ -91,13 +105,20 @@ def time_one(contestant: Contestant, home: Path, template: Path) -> dict[str, fl
             f"--steps={contestant.steps}",
             *contestant.options,
         ]
-    environment = {**os.environ, "FMNIST_HOME": str(home), "PYTHONPATH": str(REPOSITORY), **(ONE_THREAD if contestant.one_thread else {})}
+    environment = {
+        **os.environ,
+        "FMNIST_HOME": str(home),
+        "PYTHONPATH": str(REPOSITORY),
+        **(ONE_THREAD if contestant.one_thread else {}),
+    }
     began = time.perf_counter()
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home)
     wall = time.perf_counter() - began
     if result.returncode:
         sys.exit(f"{contestant.label} failed:\n{result.stderr}")
-    told = json.loads(result.stdout.splitlines()[-1] if contestant.script != "ours" else result.stdout)
+    told = json.loads(
+        result.stdout.splitlines()[-1] if contestant.script != "ours" else result.stdout
+    )
     if contestant.script == "ours":
         os.environ["FMNIST_HOME"] = str(home)
         stop_sidecar(home)
@@ -116,7 +137,10 @@ def write(found: dict[str, list[dict[str, float]]]) -> None:
     """The table, printed and as reports/whole_job.md, and the bars."""
     import matplotlib.pyplot as plt
 
-    packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "mlflow", "lightning", "keras", "jax", "skorch"))
+    packages = ", ".join(
+        f"{package} {version(package)}"
+        for package in ("torch", "mlflow", "lightning", "keras", "jax", "skorch")
+    )
     repeats = len(next(iter(found.values())))
     lines = [
         f"{STEPS:,} steps; {platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()};"
@@ -130,7 +154,11 @@ def write(found: dict[str, list[dict[str, float]]]) -> None:
         whole, training = ([result[key] for result in results] for key in ("whole", "training"))
         medians[name] = statistics.median(whole)
         base = found.get("ours-50" if name.endswith(("-50", "-epoch")) else "ours")
-        times = f"{statistics.median(a / b['whole'] for a, b in zip(whole, base, strict=True)):.1f}" if base else ""
+        times = (
+            f"{statistics.median(a / b['whole'] for a, b in zip(whole, base, strict=True)):.1f}"
+            if base
+            else ""
+        )
         lines.append(
             f"| {CONTESTANTS[name].label} | {medians[name]:.0f} ({min(whole):.0f} to {max(whole):.0f}) | {times} |"
             f" {statistics.median(training):.0f} | {results[0]['steps']:,.0f} | {results[0]['accuracy']:.3f} |"

@@ -34,12 +34,17 @@ def main() -> None:
         shutil.copytree(REPOSITORY / "experiments", home / "experiments")
         (home / "data").symlink_to(REPOSITORY / "data")
         os.environ["FMNIST_HOME"] = folder
-        tracking.connect(home, create=True)  # warm: the store exists, as for every run but the first
+        tracking.connect(
+            home, create=True
+        )  # warm: the store exists, as for every run but the first
         seconds: dict[str, list[float]] = {"recorded": [], "--no-sync": []}
         first_step = []
         for repeat in range(-1, arguments.repeats):
             for name, times in seconds.items():
-                options = [*(["--no-sync"] if name == "--no-sync" else []), *(f"--set={override}" for override in arguments.overrides)]
+                options = [
+                    *(["--no-sync"] if name == "--no-sync" else []),
+                    *(f"--set={override}" for override in arguments.overrides),
+                ]
                 wall, before_first = timed_run(home, options, name == "recorded")
                 if repeat >= 0:  # the first pair warms the file cache
                     times.append(wall)
@@ -50,9 +55,15 @@ def main() -> None:
 
 def timed_run(home: Path, options: list[str], recorded: bool) -> tuple[float, float | None]:
     """Wall seconds of one run; for one that stays on disk also those to its first training step."""
-    stop_sidecar(home)  # else a run would begin with one that is warm, or compete with one that still carries
+    stop_sidecar(
+        home
+    )  # else a run would begin with one that is warm, or compete with one that still carries
     began, clock = time.time(), time.monotonic()
-    result = subprocess.run([sys.executable, "-m", "fmnist", "run", "baseline", *options, "--json"], capture_output=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "fmnist", "run", "baseline", *options, "--json"],
+        capture_output=True,
+        check=True,
+    )
     wall = time.monotonic() - clock
     outcome = json.loads(result.stdout)
     if recorded:
@@ -73,14 +84,22 @@ def stop_sidecar(home: Path) -> None:
             time.sleep(0.05)
 
 
-def print_summary(seconds: dict[str, list[float]], first_step: list[float], overrides: list[str]) -> None:
+def print_summary(
+    seconds: dict[str, list[float]], first_step: list[float], overrides: list[str]
+) -> None:
     import torch
 
-    print(f"\nbaseline {' '.join(overrides)}: {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    print(
+        f"\nbaseline {' '.join(overrides)}: {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    )
     for name, times in [*seconds.items(), ("first step", first_step)]:
-        print(f"{name:<10} median {statistics.median(times):.1f} s, range {min(times):.1f} to {max(times):.1f} s, n = {len(times)}")
+        print(
+            f"{name:<10} median {statistics.median(times):.1f} s, range {min(times):.1f} to {max(times):.1f} s, n = {len(times)}"
+        )
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
-    print(f"recorded / --no-sync, pair by pair: median {statistics.median(ratios):.3f}, range {min(ratios):.3f} to {max(ratios):.3f}")
+    print(
+        f"recorded / --no-sync, pair by pair: median {statistics.median(ratios):.3f}, range {min(ratios):.3f} to {max(ratios):.3f}"
+    )
 
 
 if __name__ == "__main__":

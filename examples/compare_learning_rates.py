@@ -9,7 +9,9 @@ Runs that are recorded already are not trained again. From nothing it trains ten
 from fmnist import api
 
 reference = api.load("holdout")
-print(f"{reference.spec.steps:,} steps of {reference.spec.optimizer!r}, validated on {reference.spec.validation_images:,} images")
+print(
+    f"{reference.spec.steps:,} steps of {reference.spec.optimizer!r}, validated on {reference.spec.validation_images:,} images"
+)
 
 # %% Five seeds of two settings; each run is in MLflow when this returns
 for name in ("holdout", "holdout-lr-0.01"):
@@ -18,7 +20,11 @@ for name in ("holdout", "holdout-lr-0.01"):
 
 # %% Every run is a row: parameters are p/..., last values of metrics m/..., tags t/...
 runs = api.runs()
-print(runs[runs["t/experiment"] == "holdout"][["name", "t/seed", "m/last/val_accuracy"]].to_string(index=False))
+print(
+    runs[runs["t/experiment"] == "holdout"][["name", "t/seed", "m/last/val_accuracy"]].to_string(
+        index=False
+    )
+)
 
 # %% The verdict, with its uncertainty over new seeds and new images
 compared = api.compare("holdout", "holdout-lr-0.01")
@@ -26,4 +32,6 @@ print(compared)
 
 # %% The same as values
 [comparison] = compared.comparisons
-print(f"{comparison.verdict}: {comparison.difference:+.4f} ({comparison.low:+.4f} to {comparison.high:+.4f}), n = {comparison.n}")
+print(
+    f"{comparison.verdict}: {comparison.difference:+.4f} ({comparison.low:+.4f} to {comparison.high:+.4f}), n = {comparison.n}"
+)

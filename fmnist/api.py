@@ -29,17 +29,32 @@ class Compared:
     """What anyone who reads the verdicts has to know."""
 
     def __str__(self) -> str:
-        lines = [f"{group.label}: validation accuracy after the last step {group.stated()}" for group in self.groups]
+        lines = [
+            f"{group.label}: validation accuracy after the last step {group.stated()}"
+            for group in self.groups
+        ]
         lines += [self.differing.to_string()] if len(self.differing.columns) else []
-        shared = set.intersection(*({*comparison.notes} for comparison in self.comparisons)) if len(self.comparisons) > 1 else set()
+        shared = (
+            set.intersection(*({*comparison.notes} for comparison in self.comparisons))
+            if len(self.comparisons) > 1
+            else set()
+        )
         for comparison in self.comparisons:
-            lines += ["", comparison.sentence, *(f"  note: {note}" for note in comparison.notes if note not in shared)]
+            lines += [
+                "",
+                comparison.sentence,
+                *(f"  note: {note}" for note in comparison.notes if note not in shared),
+            ]
         remarks = [note for note in self.comparisons[0].notes if note in shared] + self.cautions
         return "\n".join([*lines, "", *(f"note: {remark}" for remark in remarks)]).rstrip()
 
 
 def run(
-    experiment: str | Resolved, *overrides: str, seeds: Sequence[int] | None = None, fresh: bool = False, say: Callable[[str], None] = print
+    experiment: str | Resolved,
+    *overrides: str,
+    seeds: Sequence[int] | None = None,
+    fresh: bool = False,
+    say: Callable[[str], None] = print,
 ) -> "list[Outcome]":
     """Train and record an experiment, or one run for each of `seeds` that is not recorded yet; an interrupted run is continued.
 

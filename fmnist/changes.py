@@ -35,7 +35,9 @@ class Predictions:
         kept = [frame[frame["split"] == "val"].sort_values("index") for frame in frames]
         first, *others = ((frame["index"].to_numpy(), frame["label"].to_numpy()) for frame in kept)
         if not all(np.array_equal(first, other) for other in others):
-            raise ValueError("runs that were validated on different images can't be compared image by image")
+            raise ValueError(
+                "runs that were validated on different images can't be compared image by image"
+            )
         logits = np.stack([frame.filter(like="logit_").to_numpy(np.float32) for frame in kept])
         return cls(tuple(seeds), *first, special.softmax(logits, axis=2))
 
@@ -71,7 +73,12 @@ def flip_table(reference: Predictions, other: Predictions) -> np.ndarray:
 def flips(reference: Predictions, other: Predictions) -> pd.DataFrame:
     """Images that flipped, by majority over the seeds: index, label, before, after (classes), gained (bool), change (of the label's
     probability); those that changed most come first."""
-    columns = {"index": reference.index, "label": reference.labels, "before": reference.consensus, "after": other.consensus}
+    columns = {
+        "index": reference.index,
+        "label": reference.labels,
+        "before": reference.consensus,
+        "after": other.consensus,
+    }
     change = other.label_probability - reference.label_probability
     frame = pd.DataFrame({**columns, "gained": other.right, "change": change})
     flipped: pd.DataFrame = frame[reference.right != other.right]
@@ -81,9 +88,19 @@ def flips(reference: Predictions, other: Predictions) -> pd.DataFrame:
 def never_right(groups: Sequence[Predictions]) -> pd.DataFrame:
     """Images that every run of these groups gets wrong, suspects of a wrong label: index, label, predicted (by most runs), agreeing (share
     of the runs), probability (of the label); the least probable labels come first."""
-    every = Predictions((), groups[0].index, groups[0].labels, np.concatenate([group.probabilities for group in groups]))
+    every = Predictions(
+        (),
+        groups[0].index,
+        groups[0].labels,
+        np.concatenate([group.probabilities for group in groups]),
+    )
     agreeing = (every.predicted == every.consensus).mean(0)
-    columns = {"index": every.index, "label": every.labels, "predicted": every.consensus, "agreeing": agreeing}
+    columns = {
+        "index": every.index,
+        "label": every.labels,
+        "predicted": every.consensus,
+        "agreeing": agreeing,
+    }
     frame = pd.DataFrame({**columns, "probability": every.label_probability})
     wrong: pd.DataFrame = frame[(every.predicted != every.labels).all(0)]
     return wrong.sort_values("probability", ignore_index=True)
@@ -110,14 +127,28 @@ def per_class(reference: Predictions, other: Predictions) -> pd.DataFrame:
     """
     common = [seed for seed in reference.seeds if seed in other.seeds]
     frames = []
-    for metric, before, after in zip(METRICS, _contributions(reference), _contributions(other), strict=True):
-        low, high = _interval(before, after, [[group.seeds.index(seed) for seed in common] for group in (reference, other)])
-        columns = {"reference": before.mean((1, 2)), "other": after.mean((1, 2)), "difference": (low + high) / 2, "low": low, "high": high}
+    for metric, before, after in zip(
+        METRICS, _contributions(reference), _contributions(other), strict=True
+    ):
+        low, high = _interval(
+            before,
+            after,
+            [[group.seeds.index(seed) for seed in common] for group in (reference, other)],
+        )
+        columns = {
+            "reference": before.mean((1, 2)),
+            "other": after.mean((1, 2)),
+            "difference": (low + high) / 2,
+            "low": low,
+            "high": high,
+        }
         frames.append(pd.DataFrame({"class": np.arange(CLASSES), "metric": metric, **columns}))
     return pd.concat(frames).sort_values("class", kind="stable").set_index(["class", "metric"])
 
 
-def _interval(before: np.ndarray, after: np.ndarray, common: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+def _interval(
+    before: np.ndarray, after: np.ndarray, common: Sequence[list[int]]
+) -> tuple[np.ndarray, np.ndarray]:
     """The ends [C] of the interval of after - before, each [C, n, N]; `common` are the places of the seeds that both have."""
     if len(common[0]) >= PAIRED_SEEDS:
         return compare.paired(before[:, common[0]], after[:, common[1]]).interval
@@ -137,8 +168,15 @@ def _contributions(group: Predictions) -> Iterator[np.ndarray]:
     predicted = (group.predicted == classes).astype(float)
     true = np.broadcast_to(group.labels == classes, predicted.shape).astype(float)
     hit = true * predicted
-    for above, below in ((1 - np.abs(true - predicted), np.ones_like(hit)), (hit, predicted), (hit, true), (2 * hit, true + predicted)):
-        mean = np.maximum(below.mean(2, keepdims=True), 1e-12)  # a class that is never predicted: 0, as in scikit-learn
+    for above, below in (
+        (1 - np.abs(true - predicted), np.ones_like(hit)),
+        (hit, predicted),
+        (hit, true),
+        (2 * hit, true + predicted),
+    ):
+        mean = np.maximum(
+            below.mean(2, keepdims=True), 1e-12
+        )  # a class that is never predicted: 0, as in scikit-learn
         ratio = above.mean(2, keepdims=True) / mean
         yield ratio + (above - ratio * below) / mean
 
@@ -148,7 +186,9 @@ def _contributions(group: Predictions) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class Calibration:
-    table: pd.DataFrame  # BINS rows: low, high, images (of all runs), confidence, accuracy (NaN where there are none)
+    table: (
+        pd.DataFrame
+    )  # BINS rows: low, high, images (of all runs), confidence, accuracy (NaN where there are none)
     ece: np.ndarray  # [n] expected calibration error of each run
     nll: np.ndarray  # [n] mean negative log-likelihood of the labels, nats
 
@@ -160,11 +200,20 @@ def calibration(group: Predictions) -> Calibration:
     confidence, right = group.probabilities.max(2).astype(float), group.predicted == group.labels
     cells = BINS * runs + np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     count, sure, hits = (
-        np.bincount(cells.ravel(), weight.ravel(), n * BINS).reshape(n, BINS) for weight in (np.ones(cells.shape), confidence, right)
+        np.bincount(cells.ravel(), weight.ravel(), n * BINS).reshape(n, BINS)
+        for weight in (np.ones(cells.shape), confidence, right)
     )
     edges = np.arange(BINS + 1) / BINS
     total = np.where(count.sum(0) > 0, count.sum(0), np.nan)
-    binned = {"images": count.sum(0).astype(int), "confidence": sure.sum(0) / total, "accuracy": hits.sum(0) / total}
+    binned = {
+        "images": count.sum(0).astype(int),
+        "confidence": sure.sum(0) / total,
+        "accuracy": hits.sum(0) / total,
+    }
     likelihood = group.probabilities[:, np.arange(len(group.labels)), group.labels].astype(float)
     nll = -np.log(np.maximum(likelihood, np.finfo(np.float32).tiny)).mean(1)
-    return Calibration(pd.DataFrame({"low": edges[:-1], "high": edges[1:], **binned}), np.abs(hits - sure).sum(1) / right.shape[1], nll)
+    return Calibration(
+        pd.DataFrame({"low": edges[:-1], "high": edges[1:], **binned}),
+        np.abs(hits - sure).sum(1) / right.shape[1],
+        nll,
+    )

@@ -34,7 +34,9 @@ def write(path: Path, content: io.BytesIO, previous: Path | None = None) -> None
             file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-    except OSError:  # the disk is full: what is half written takes the room that the journal needs to say so
+    except (
+        OSError
+    ):  # the disk is full: what is half written takes the room that the journal needs to say so
         partial.unlink(missing_ok=True)
         raise
     if previous and path.exists():
@@ -49,10 +51,14 @@ def load(path: Path, spec: specs.ExperimentSpec) -> dict[str, Any]:
     if hashlib.sha256(content).digest() != digest:
         raise ValueError(f"{path} is damaged: its checksum does not fit")
     try:
-        state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        state: dict[str, Any] = torch.load(
+            io.BytesIO(content), weights_only=True, map_location="cpu"
+        )
         flat, fingerprint = state.pop("spec"), state.pop("fingerprint")
     except Exception as error:  # of many kinds: this is a whole file that `save` did not write
-        raise ValueError(f"{path} is no checkpoint of this program: {' '.join(repr(error).split())[:200]}") from None
+        raise ValueError(
+            f"{path} is no checkpoint of this program: {' '.join(repr(error).split())[:200]}"
+        ) from None
     if fingerprint != spec.fingerprint:
         raise StoreError(f"{path} belongs to another spec: {spec.differences(flat)}")
     return state

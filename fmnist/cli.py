@@ -35,7 +35,9 @@ MOST_SEEDS = 1_000
 
 
 def main() -> None:
-    gc.set_threshold(100_000)  # the imports make half a million objects to keep, and looking through them took a seventh of their time
+    gc.set_threshold(
+        100_000
+    )  # the imports make half a million objects to keep, and looking through them took a seventh of their time
     code = 0
     try:
         app()
@@ -45,7 +47,9 @@ def main() -> None:
         _tell(str(error))
         code = error.exit_code
     except OSError as error:  # what may not be read or written, wherever that shows first
-        _tell(f"{error.filename or 'a file'}: {error.strerror or error}; mend that, or set FMNIST_HOME to another folder")
+        _tell(
+            f"{error.filename or 'a file'}: {error.strerror or error}; mend that, or set FMNIST_HOME to another folder"
+        )
         code = UserError.exit_code
     with suppress(OSError):  # nobody reads any more
         sys.stdout.flush()
@@ -54,7 +58,13 @@ def main() -> None:
 
 def _tell(text: str) -> None:
     """For people: on stderr, so that stdout holds results only."""
-    print("\n".join(f"fmnist: {line}" if not line.startswith(" ") else line for line in text.splitlines()), file=sys.stderr, flush=True)
+    print(
+        "\n".join(
+            f"fmnist: {line}" if not line.startswith(" ") else line for line in text.splitlines()
+        ),
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _answer(value: dict[str, Any], lines: Iterable[str], as_json: bool, exit_code: int = 0) -> None:
@@ -77,12 +87,24 @@ def _complete_experiment(incomplete: str) -> list[str]:
     return [name for name in experiments.names(_home()) if name.startswith(incomplete)]
 
 
-EXPERIMENT = typer.Argument(metavar="EXP", help="An experiment: the name of a file in experiments/.", autocompletion=_complete_experiment)
+EXPERIMENT = typer.Argument(
+    metavar="EXP",
+    help="An experiment: the name of a file in experiments/.",
+    autocompletion=_complete_experiment,
+)
 Overrides = Annotated[
-    list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="A field of the spec, as in optimizer.lr=0.01; repeatable.")
+    list[str],
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="A field of the spec, as in optimizer.lr=0.01; repeatable.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
-NoSync = Annotated[bool, typer.Option("--no-sync", help="Leave the run on disk for a later `fmnist sync`.")]
+NoSync = Annotated[
+    bool, typer.Option("--no-sync", help="Leave the run on disk for a later `fmnist sync`.")
+]
 
 
 # ---- run, extend, verify
@@ -92,9 +114,22 @@ NoSync = Annotated[bool, typer.Option("--no-sync", help="Leave the run on disk f
 def run(
     exp: Annotated[str | None, EXPERIMENT] = None,
     overrides: Overrides = [],
-    seeds: Annotated[str | None, typer.Option(metavar="N|LIST", help="One run for each of the seeds 0 to N-1, or of a list: 3,7,9")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew; an interrupted run of the same spec is given up.")] = False,
-    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue this interrupted run, by its key or MLflow id.")] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|LIST", help="One run for each of the seeds 0 to N-1, or of a list: 3,7,9"
+        ),
+    ] = None,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh", help="Start anew; an interrupted run of the same spec is given up."
+        ),
+    ] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Continue this interrupted run, by its key or MLflow id."),
+    ] = None,
     no_sync: NoSync = False,
     as_json: Json = False,
 ) -> None:
@@ -112,11 +147,17 @@ def run(
     elif folder is not None:
         wanted = [experiments.Resolved(folder.spec, folder.spec.name, {}, ())]
     else:
-        raise UserError("EXP is missing: the name of an experiment (`fmnist list` shows them), or --resume RUN")
+        raise UserError(
+            "EXP is missing: the name of an experiment (`fmnist list` shows them), or --resume RUN"
+        )
     from fmnist import database, runner
 
     def start(context: "Context") -> "list[Outcome]":
-        left = wanted if seeds is None or fresh else runner.missing(wanted, database.recorded(root), context)
+        left = (
+            wanted
+            if seeds is None or fresh
+            else runner.missing(wanted, database.recorded(root), context)
+        )
         return runner.run(left, context, fresh, folder) if left else []
 
     _train(start, no_sync, as_json, many=seeds is not None)
@@ -129,16 +170,22 @@ def _seeds(text: str | None) -> list[list[str]]:
     if text is None:
         return [[]]
     if not re.fullmatch(r"\d{1,10}(,\d{1,10})*,?", text) or text == "0":
-        raise UserError(f"--seeds: given {shorten(text)}; give how many, as in 5 for the seeds 0 to 4, or which, as in 3,7,9 (one: 3,)")
+        raise UserError(
+            f"--seeds: given {shorten(text)}; give how many, as in 5 for the seeds 0 to 4, or which, as in 3,7,9 (one: 3,)"
+        )
     seeds = [int(seed) for seed in text.rstrip(",").split(",")] if "," in text else range(int(text))
     if len(seeds) > MOST_SEEDS or len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds: given {shorten(text)}; give at most {MOST_SEEDS:,} seeds, none of them twice")
+        raise UserError(
+            f"--seeds: given {shorten(text)}; give at most {MOST_SEEDS:,} seeds, none of them twice"
+        )
     return [[f"train.seed={seed}"] for seed in seeds]
 
 
 @app.command()
 def extend(
-    run: Annotated[str, typer.Argument(help="A finished run: its id, or its name if no other has it.")],
+    run: Annotated[
+        str, typer.Argument(help="A finished run: its id, or its name if no other has it.")
+    ],
     epochs: Annotated[int, typer.Option(help="Of the longer run, those it has included.")],
     no_sync: NoSync = False,
     as_json: Json = False,
@@ -147,7 +194,13 @@ def extend(
     from fmnist import runner
 
     with _recorded(run, "FINISHED", runner.ARTIFACTS) as (found, folder):
-        _train(lambda context: [runner.extend(folder, found["run_id"], found["name"], epochs, context)], no_sync, as_json)
+        _train(
+            lambda context: [
+                runner.extend(folder, found["run_id"], found["name"], epochs, context)
+            ],
+            no_sync,
+            as_json,
+        )
 
 
 @app.command()
@@ -164,13 +217,22 @@ def verify(
     compared = f"{result.steps:,} steps, {result.evaluations} evaluations{' and the weights' if result.weights else ''}"
     lines = [f"{found['name']} ({found['run_id']}): {compared} trained again", "equal, bit for bit"]
     if result.unequal:
-        lines[-1] = f"NOT equal. First {result.unequal[0]}; largest {verification.largest(result.unequal)}"
+        lines[-1] = (
+            f"NOT equal. First {result.unequal[0]}; largest {verification.largest(result.unequal)}"
+        )
     lines += [f"environment: {key} {change}" for key, change in result.environment.items()]
-    _answer({"run_id": found["run_id"], **dataclasses.asdict(result)}, lines, as_json, 1 if result.unequal else 0)
+    _answer(
+        {"run_id": found["run_id"], **dataclasses.asdict(result)},
+        lines,
+        as_json,
+        1 if result.unequal else 0,
+    )
 
 
 @contextmanager
-def _recorded(text: str, status: str | None, artifacts: "Sequence[str]") -> "Iterator[tuple[pd.Series, Path]]":
+def _recorded(
+    text: str, status: str | None, artifacts: "Sequence[str]"
+) -> "Iterator[tuple[pd.Series, Path]]":
     """A run in the store, and a folder with these of its artifacts, each verified."""
     from fmnist import tracking
 
@@ -181,7 +243,9 @@ def _recorded(text: str, status: str | None, artifacts: "Sequence[str]") -> "Ite
         yield found, Path(folder)
 
 
-def _train(start: "Callable[[Context], list[Outcome]]", no_sync: bool, as_json: bool, many: bool = False) -> None:
+def _train(
+    start: "Callable[[Context], list[Outcome]]", no_sync: bool, as_json: bool, many: bool = False
+) -> None:
     """Train, show how it goes, and tell how each run ended; exits with the worst of their codes."""
     from fmnist import display, runner, tracking
 
@@ -190,13 +254,32 @@ def _train(start: "Callable[[Context], list[Outcome]]", no_sync: bool, as_json: 
     for outcome in outcomes:
         if outcome.reason and not as_json:
             _tell(outcome.reason)
-    links = [tracking.page(outcome.experiment_id or "", outcome.run_id or "") if outcome.run_id else None for outcome in outcomes]
-    lines = [line for outcome, link in zip(outcomes, links, strict=True) for line in display.ended(outcome, link)]
+    links = [
+        tracking.page(outcome.experiment_id or "", outcome.run_id or "") if outcome.run_id else None
+        for outcome in outcomes
+    ]
+    lines = [
+        line
+        for outcome, link in zip(outcomes, links, strict=True)
+        for line in display.ended(outcome, link)
+    ]
     if any(outcome.status == "FINISHED" for outcome in outcomes):
-        lines += ["next: `make report` draws it beside the other runs; `fmnist list` shows what else there is to run"]
-    values = [{**dataclasses.asdict(outcome), "link": link} for outcome, link in zip(outcomes, links, strict=True)]
-    lines = lines or ["every one of these seeds is there already; `fmnist compare` and `make report` show them"]
-    _answer({"runs": values} if many else values[0], lines, as_json, max((outcome.exit_code for outcome in outcomes), default=0))
+        lines += [
+            "next: `make report` draws it beside the other runs; `fmnist list` shows what else there is to run"
+        ]
+    values = [
+        {**dataclasses.asdict(outcome), "link": link}
+        for outcome, link in zip(outcomes, links, strict=True)
+    ]
+    lines = lines or [
+        "every one of these seeds is there already; `fmnist compare` and `make report` show them"
+    ]
+    _answer(
+        {"runs": values} if many else values[0],
+        lines,
+        as_json,
+        max((outcome.exit_code for outcome in outcomes), default=0),
+    )
 
 
 # ---- sweep
@@ -204,10 +287,23 @@ def _train(start: "Callable[[Context], list[Outcome]]", no_sync: bool, as_json: 
 
 @app.command()
 def sweep(
-    name: Annotated[str, typer.Argument(metavar="SWEEP", help="The name of a file in experiments/sweeps/.")],
-    jobs: Annotated[int | None, typer.Option(help="How many worker processes; as many as there are cores if not given.", min=1)] = None,
-    on: Annotated[str, typer.Option(metavar="local|ray", help="This machine, or a Ray cluster (the extra `ray`).")] = "local",
-    address: Annotated[str | None, typer.Option(help="Of the cluster, as Ray takes it; default: the one of RAY_ADDRESS.")] = None,
+    name: Annotated[
+        str, typer.Argument(metavar="SWEEP", help="The name of a file in experiments/sweeps/.")
+    ],
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            help="How many worker processes; as many as there are cores if not given.", min=1
+        ),
+    ] = None,
+    on: Annotated[
+        str,
+        typer.Option(metavar="local|ray", help="This machine, or a Ray cluster (the extra `ray`)."),
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(help="Of the cluster, as Ray takes it; default: the one of RAY_ADDRESS."),
+    ] = None,
     no_sync: NoSync = False,
     as_json: Json = False,
 ) -> None:
@@ -215,7 +311,9 @@ def sweep(
     from fmnist import display, sweeping, sweeps
 
     if on not in ("local", "ray") or (on == "local" and address):
-        raise UserError(f"--on: given {on!r}{' with --address' if address else ''}; give local, or ray (with --address or RAY_ADDRESS)")
+        raise UserError(
+            f"--on: given {on!r}{' with --address' if address else ''}; give local, or ray (with --address or RAY_ADDRESS)"
+        )
     root = _home()
     found = sweeps.load(name, root)
 
@@ -229,14 +327,16 @@ def sweep(
         data.ensure(root, _tell)
         return workers.Pool(root, jobs or os.cpu_count() or 1, not no_sync, found.base.spec)
 
-    with redirect_stdout(sys.stderr), display.sweep(as_json, _tell) as watch:  # Ray has its say on stdout
+    # Ray has its say on stdout
+    with redirect_stdout(sys.stderr), display.sweep(as_json, _tell) as watch:
         standing = sweeping.run(found, start, watch)
     sweeping.finish(found, standing, not no_sync, _tell)
     lines = [display.summary(standing)]
     lines += ["interrupted; the same command goes on with it"] if standing.interrupted else []
     code = 128 + standing.interrupted if standing.interrupted else 3 if standing.failed else 0
-    best = standing.best
-    _answer({"sweep": name, "total": standing.total, "best": best and best.name, "trials": display.rows(standing)}, lines, as_json, code)
+    best, trials = standing.best, display.rows(standing)
+    value = {"sweep": name, "total": standing.total, "best": best and best.name, "trials": trials}
+    _answer(value, lines, as_json, code)
 
 
 # ---- show, list
@@ -249,7 +349,9 @@ def show(exp: Annotated[str, EXPERIMENT], overrides: Overrides = [], as_json: Js
 
     if exp in sweeps.names(_home()) and exp not in experiments.names(_home()):
         if overrides:
-            raise UserError(f"{exp} is a sweep: what it varies stands in {sweeps.place(exp)}; --set is for experiments")
+            raise UserError(
+                f"{exp} is a sweep: what it varies stands in {sweeps.place(exp)}; --set is for experiments"
+            )
         _show_sweep(exp, as_json)
     else:
         _show_experiment(experiments.load(exp, overrides), as_json)
@@ -268,16 +370,37 @@ def _show_experiment(resolved: "Resolved", as_json: bool) -> None:
         "evaluations": evaluations,
         "parameters": spec.model.parameters,
         # At an evaluation: val/loss, val/accuracy, epoch, and train/lr but for step 0. Once, at the end: best/* (3), last/* (2), test/* (2).
-        "points_logged": 2 * len(spec.logged_steps()) + 4 * evaluations - 1 + (5 if spec.data.holdout is None else 7),
+        "points_logged": 2 * len(spec.logged_steps())
+        + 4 * evaluations
+        - 1
+        + (5 if spec.data.holdout is None else 7),
     }
     flat, origins = spec.flat(), {"name": "the file's name", **resolved.origins}
     told = {path: json.dumps(value, ensure_ascii=False) for path, value in flat.items()}
-    wide, widest = (max(map(len, flat)), max(len(text) for path, text in told.items() if path != "question"))
-    lines = [f"{path:<{wide}}  {text:<{widest}}  {origins.get(path, 'default')}" for path, text in told.items()]
-    lines += ["", *(f"{label.replace('_', ' '):<{wide}}  {value:,}" for label, value in would.items())]
+    wide, widest = (
+        max(map(len, flat)),
+        max(len(text) for path, text in told.items() if path != "question"),
+    )
+    lines = [
+        f"{path:<{wide}}  {text:<{widest}}  {origins.get(path, 'default')}"
+        for path, text in told.items()
+    ]
+    lines += [
+        "",
+        *(f"{label.replace('_', ' '):<{wide}}  {value:,}" for label, value in would.items()),
+    ]
     lines += [f"{'fingerprint':<{wide}}  {spec.fingerprint[:16]}  group {spec.group[:16]}"]
     identity = {"fingerprint": spec.fingerprint, "group": spec.group}
-    _answer({"spec": spec.model_dump(mode="json"), "origins": resolved.origins, **identity, "plan": would}, lines, as_json)
+    _answer(
+        {
+            "spec": spec.model_dump(mode="json"),
+            "origins": resolved.origins,
+            **identity,
+            "plan": would,
+        },
+        lines,
+        as_json,
+    )
 
 
 def _show_sweep(name: str, as_json: bool) -> None:
@@ -291,10 +414,24 @@ def _show_sweep(name: str, as_json: bool) -> None:
     rows = display.rows(standing)
     lines = display.table(rows)
     if standing.total > len(rows):
-        lines.append(f"{standing.total - len(rows)} more trials, whose settings the search picks when it gets there")
-    told = "no run of this model to tell by yet" if cost is None else f"about {display.duration(cost)} of one worker, less pruning"
-    lines += ["", display.summary(standing), f"{left} to train, {found.base.spec.steps:,} steps each or what their settings say: {told}"]
-    _answer({"sweep": name, "total": standing.total, "missing": left, "seconds": cost, "trials": rows}, lines, as_json)
+        lines.append(
+            f"{standing.total - len(rows)} more trials, whose settings the search picks when it gets there"
+        )
+    told = (
+        "no run of this model to tell by yet"
+        if cost is None
+        else f"about {display.duration(cost)} of one worker, less pruning"
+    )
+    lines += [
+        "",
+        display.summary(standing),
+        f"{left} to train, {found.base.spec.steps:,} steps each or what their settings say: {told}",
+    ]
+    _answer(
+        {"sweep": name, "total": standing.total, "missing": left, "seconds": cost, "trials": rows},
+        lines,
+        as_json,
+    )
 
 
 @app.command("list")
@@ -306,18 +443,28 @@ def list_experiments(as_json: Json = False) -> None:
     _look_after(root)
     names = {"experiments": experiments.names(root), "sweeps": sweeps.names(root)}
     if not names["experiments"] and not as_json:
-        raise UserError(f"no experiments in {root / 'experiments'}; FMNIST_HOME names the folder that holds experiments/")
+        raise UserError(
+            f"no experiments in {root / 'experiments'}; FMNIST_HOME names the folder that holds experiments/"
+        )
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in names}
     lines, wide = [], max((len(name) for each in names.values() for name in each), default=0)
     for kind, name in ((kind, name) for kind, each in names.items() for name in each):
         try:
-            spec = experiments.load(name, root=root).spec if kind == "experiments" else sweeps.load(name, root).spec
+            spec = (
+                experiments.load(name, root=root).spec
+                if kind == "experiments"
+                else sweeps.load(name, root).spec
+            )
             steps, question, broken = getattr(spec, "steps", None), spec.question, None
         except UserError as error:
             steps, question, broken = None, "", str(error)
         found[kind].append({"name": name, "steps": steps, "question": question, "error": broken})
         size = "sweep" if steps is None else f"{steps:,} steps"
-        lines.append(f"{name:<{wide}}  BROKEN: {broken}" if broken else f"{name:<{wide}}  {size:>15}  {question}")
+        lines.append(
+            f"{name:<{wide}}  BROKEN: {broken}"
+            if broken
+            else f"{name:<{wide}}  {size:>15}  {question}"
+        )
     _answer(found, lines, as_json)
 
 
@@ -332,12 +479,20 @@ def list_runs(as_json: Json = False) -> None:
     root = _home()
     _look_after(root)
     found = tracking.connect(root).runs(status=None)
-    columns = {"name": "name", "status": "status", "outcome": "t/outcome", "seed": "t/seed", "val_accuracy": "m/last/val_accuracy"}
+    columns = {
+        "name": "name",
+        "status": "status",
+        "outcome": "t/outcome",
+        "seed": "t/seed",
+        "val_accuracy": "m/last/val_accuracy",
+    }
     columns |= {"run_id": "run_id", "fingerprint": "t/fingerprint", "group": "t/group"}
     table = found.reindex(columns=list(columns.values())).set_axis(list(columns), axis=1)
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
     for row in rows:
-        row["outcome"] = row["outcome"] or {"FINISHED": "finished"}.get(row["status"])  # of before there was that tag
+        row["outcome"] = row["outcome"] or {"FINISHED": "finished"}.get(
+            row["status"]
+        )  # of before there was that tag
     wide = max((len(row["name"]) for row in rows), default=0)
     lines = [
         f"{row['run_id'][:8]}  {row['name']:<{wide}}  {row['outcome'] or row['status'].lower():<11}"
@@ -349,8 +504,15 @@ def list_runs(as_json: Json = False) -> None:
 
 @app.command()
 def compare(
-    what: Annotated[list[str], typer.Argument(metavar="A B [C ...]", help="Experiments, groups or runs (ids); A is the reference.")],
-    detect: Annotated[float, typer.Option(help="The difference in accuracy that more seeds should resolve.")] = 0.002,
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B [C ...]", help="Experiments, groups or runs (ids); A is the reference."
+        ),
+    ],
+    detect: Annotated[
+        float, typer.Option(help="The difference in accuracy that more seeds should resolve.")
+    ] = 0.002,
     as_json: Json = False,
 ) -> None:
     """Compare the validation accuracy of settings with the first, over new seeds and new images: better, worse, or cannot tell."""
@@ -358,7 +520,10 @@ def compare(
 
     found = api.compare(*what, detect=detect)
     value = {
-        "groups": [{"label": group.label, "runs": group.members["run_id"].tolist(), "seeds": group.seeds} for group in found.groups],
+        "groups": [
+            {"label": group.label, "runs": group.members["run_id"].tolist(), "seeds": group.seeds}
+            for group in found.groups
+        ],
         "comparisons": [{**dataclasses.asdict(each), "n": each.n} for each in found.comparisons],
         "differing": found.differing.to_dict("index"),
         "cautions": found.cautions,
@@ -368,9 +533,15 @@ def compare(
 
 @app.command()
 def promote(
-    run: Annotated[str | None, typer.Argument(help="A finished run: its id, or its name if no other has it.")] = None,
-    because: Annotated[str | None, typer.Option(help="Promote it whatever the comparison says, for this reason.")] = None,
-    rollback: Annotated[bool, typer.Option("--rollback", help="Make the champion before this one champion again.")] = False,
+    run: Annotated[
+        str | None, typer.Argument(help="A finished run: its id, or its name if no other has it.")
+    ] = None,
+    because: Annotated[
+        str | None, typer.Option(help="Promote it whatever the comparison says, for this reason.")
+    ] = None,
+    rollback: Annotated[
+        bool, typer.Option("--rollback", help="Make the champion before this one champion again.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Register a run's model, and make it the champion if it beats the champion on the same held-out images; exit 1 if it does not."""
@@ -397,8 +568,13 @@ def _look_after(root: Path) -> None:
     folders = state.state_folders(root)
     for folder in folders:
         if folder.resumable:
-            _tell(f"{folder.path.name} was interrupted; the same `fmnist run`, or `fmnist run --resume {folder.path.name}`, continues it")
-    if any(not folder.carried.get("closed") and folder.run["store"] == specs.store_name() for folder in folders):
+            _tell(
+                f"{folder.path.name} was interrupted; the same `fmnist run`, or `fmnist run --resume {folder.path.name}`, continues it"
+            )
+    if any(
+        not folder.carried.get("closed") and folder.run["store"] == specs.store_name()
+        for folder in folders
+    ):
         state.start_carrier(root)
 
 
@@ -408,9 +584,19 @@ def doctor(as_json: Json = False) -> None:
     from fmnist import doctor as doctors
 
     found = list(doctors.findings(_home()))
-    lines = [f"ok  {finding.what}" if finding.remedy is None else f"!!  {finding.what}\n      {finding.remedy}" for finding in found]
+    lines = [
+        f"ok  {finding.what}"
+        if finding.remedy is None
+        else f"!!  {finding.what}\n      {finding.remedy}"
+        for finding in found
+    ]
     troubled = any(finding.remedy for finding in found)
-    _answer({"findings": [dataclasses.asdict(finding) for finding in found]}, lines, as_json, 1 if troubled else 0)
+    _answer(
+        {"findings": [dataclasses.asdict(finding) for finding in found]},
+        lines,
+        as_json,
+        1 if troubled else 0,
+    )
 
 
 @app.command("data")
@@ -426,7 +612,10 @@ def fetch_data(as_json: Json = False) -> None:
 
 @app.command()
 def sync(
-    to: Annotated[str | None, typer.Option(metavar="URL", help="Then copy the local store's runs to this MLflow server.")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Then copy the local store's runs to this MLflow server."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Carry runs that are on disk only into MLflow, now."""
@@ -434,7 +623,9 @@ def sync(
     from fmnist import spec as specs
 
     if to is not None and specs.tracking_server() is not None:
-        raise UserError("--to copies the local store, and MLFLOW_TRACKING_URI names a server: unset it")
+        raise UserError(
+            "--to copies the local store, and MLFLOW_TRACKING_URI names a server: unset it"
+        )
     done = sidecar.sync(specs.home(), _tell if as_json else print)
     lines = [] if done else ["nothing to carry over: every run is in MLflow"]
     moved = [] if to is None else _move(to, as_json)
@@ -452,16 +643,27 @@ def _move(to: str, quiet: bool) -> list[dict[str, Any]]:
     for run in moving.move(here, there):
         moved.append(run._asdict())
         state = run.problem or f"{run.points:,} points, {run.files} files, as they are here"
-        _tell(f"{run.name} ({run.run_id[:8]}): {state}") if quiet else print(f"{run.name} ({run.run_id[:8]}): {state}")
+        _tell(f"{run.name} ({run.run_id[:8]}): {state}") if quiet else print(
+            f"{run.name} ({run.run_id[:8]}): {state}"
+        )
     bad = sum(run["problem"] is not None for run in moved)
-    _tell(f"{len(moved) - bad} of {len(moved)} runs are at {specs.redacted(to)}" + (f", {bad} are not: see above" if bad else ""))
+    _tell(
+        f"{len(moved) - bad} of {len(moved)} runs are at {specs.redacted(to)}"
+        + (f", {bad} are not: see above" if bad else "")
+    )
     return moved
 
 
 @app.command()
 def report(
-    runs: Annotated[list[str], typer.Argument(help="Runs by name, id or experiment; all finished ones if none is given.")] = [],
-    update_readme: Annotated[bool, typer.Option("--update-readme", help="Write the results into README.md and the headers.")] = False,
+    runs: Annotated[
+        list[str],
+        typer.Argument(help="Runs by name, id or experiment; all finished ones if none is given."),
+    ] = [],
+    update_readme: Annotated[
+        bool,
+        typer.Option("--update-readme", help="Write the results into README.md and the headers."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write reports/: report.html, each run's figures, overlays, and a table of what differs."""
@@ -470,7 +672,9 @@ def report(
 
     root = _home()
     _look_after(root)
-    written = reports.write(tracking.connect(root), root / "reports", runs, update_readme=update_readme)
+    written = reports.write(
+        tracking.connect(root), root / "reports", runs, update_readme=update_readme
+    )
     if not as_json:
         from rich.console import Console
         from rich.table import Table
@@ -482,7 +686,11 @@ def report(
     rows = [dict(zip(written.columns, row, strict=True)) for row in written.rows]
     lines = [f"note: {note}" for note in written.notes]
     lines += [f"{len(written.files)} files in {root / 'reports'}; begin with report.html"]
-    _answer({"runs": rows, "files": [str(path) for path in written.files], "notes": written.notes}, lines, as_json)
+    _answer(
+        {"runs": rows, "files": [str(path) for path in written.files], "notes": written.notes},
+        lines,
+        as_json,
+    )
 
 
 # ---- servers, predictions
@@ -496,18 +704,28 @@ def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)
 
     root = specs.home()
     if address := specs.tracking_server():
-        raise UserError(f"the runs are at MLFLOW_TRACKING_URI: open {specs.redacted(address)} in a browser, or unset it (local store)")
+        raise UserError(
+            f"the runs are at MLFLOW_TRACKING_URI: open {specs.redacted(address)} in a browser, or unset it (local store)"
+        )
     serving.check_port(port, "ui")
     _look_after(root)
     experiment_id = tracking.connect(root, create=True).experiment(specs.Tracking().experiment)
     away = f"Ctrl-C stops it; from another machine: ssh -L {port}:127.0.0.1:{port} HOST"
     told = [f"the runs: {tracking.page(experiment_id, port=port)}", away]
-    serving.serve(tracking.server_command(root, port), root, root / "mlruns" / "ui.log", f"http://127.0.0.1:{port}/health", told)
+    serving.serve(
+        tracking.server_command(root, port),
+        root,
+        root / "mlruns" / "ui.log",
+        f"http://127.0.0.1:{port}/health",
+        told,
+    )
 
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Argument(help="`champion`, or a run: its id, or its name if no other has it.")] = "champion",
+    model: Annotated[
+        str, typer.Argument(help="`champion`, or a run: its id, or its name if no other has it.")
+    ] = "champion",
     port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)] = 5001,
 ) -> None:
     """Answer requests with a model's predictions, on this machine only; Ctrl-C stops it."""
@@ -517,14 +735,25 @@ def serve(
     serving.check_port(port, "serve")
     uri = serving.model_uri(tracking.connect(root), model)
     command, log = tracking.model_server_command(uri, port), root / "mlruns" / "serve.log"
-    serving.serve(command, root, log, f"http://127.0.0.1:{port}/ping", serving.how_to_ask(uri, port))
+    serving.serve(
+        command, root, log, f"http://127.0.0.1:{port}/ping", serving.how_to_ask(uri, port)
+    )
 
 
 @app.command()
 def predict(
-    model: Annotated[str, typer.Argument(help="`champion`, or a run: its id, or its name if no other has it.")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, of any size: PNG, JPEG, ...")],
-    invert: Annotated[bool, typer.Option("--invert", help="For something dark on a bright ground; the data is bright on dark.")] = False,
+    model: Annotated[
+        str, typer.Argument(help="`champion`, or a run: its id, or its name if no other has it.")
+    ],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, of any size: PNG, JPEG, ...")
+    ],
+    invert: Annotated[
+        bool,
+        typer.Option(
+            "--invert", help="For something dark on a bright ground; the data is bright on dark."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what a model takes pictures for."""
@@ -532,5 +761,8 @@ def predict(
 
     found = serving.predict(tracking.connect(_home()), model, images, invert)
     wide = max(len(each["image"]) for each in found)
-    lines = [f"{each['image']:<{wide}}  {each['class']:<12} {each['probabilities'][each['class']]:.3f}" for each in found]
+    lines = [
+        f"{each['image']:<{wide}}  {each['class']:<12} {each['probabilities'][each['class']]:.3f}"
+        for each in found
+    ]
     _answer({"predictions": found}, lines, as_json)

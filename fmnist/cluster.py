@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 RETRIES = 10  # how often Ray starts a trial again whose node or process was lost
 PATIENCE_S = 600.0  # how long a node keeps trying to hand a run over
 POLL_S = 0.25
-PASSED_ON = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+PASSED_ON = (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+)
 
 
 @dataclasses.dataclass
@@ -61,7 +66,9 @@ class Mailbox:
         return news
 
 
-def train(number: int, resolved: Resolved, mailbox: Any, environment: dict[str, str]) -> dict[str, Any] | None:
+def train(
+    number: int, resolved: Resolved, mailbox: Any, environment: dict[str, str]
+) -> dict[str, Any] | None:
     """Train one run on the node that this is called on, and see it into MLflow; how it ended, or None where another process has it."""
     os.environ.update(environment)
     import ray
@@ -72,7 +79,9 @@ def train(number: int, resolved: Resolved, mailbox: Any, environment: dict[str, 
         return bool(ray.get(mailbox.report.remote(progress(number, training, True))))
 
     # what a node has not handed over may be lost with it: a trial counts as ended once the server has it
-    context = runner.Context(specs.home(), say=lambda text: None, prune=prune, patience_s=PATIENCE_S)
+    context = runner.Context(
+        specs.home(), say=lambda text: None, prune=prune, patience_s=PATIENCE_S
+    )
     try:
         data.ensure(context.root, lambda text: None)
         recorded = database.recorded(context.root) if ray.get(mailbox.begin.remote(number)) else {}
@@ -85,27 +94,43 @@ def train(number: int, resolved: Resolved, mailbox: Any, environment: dict[str, 
 class Cluster:
     """What workers.Pool is on one machine."""
 
-    def __init__(self, root: Path, jobs: int | None, address: str | None, spec: specs.ExperimentSpec) -> None:
+    def __init__(
+        self, root: Path, jobs: int | None, address: str | None, spec: specs.ExperimentSpec
+    ) -> None:
         try:
             import ray
             from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
         except ImportError:
-            raise UserError("--on ray: Ray is not installed here; install the extra: pip install 'fmnist[ray]'") from None
+            raise UserError(
+                "--on ray: Ray is not installed here; install the extra: pip install 'fmnist[ray]'"
+            ) from None
         if specs.tracking_server() is None:
-            raise UserError("--on ray: the nodes need an MLflow server that all of them reach; set MLFLOW_TRACKING_URI to it")
+            raise UserError(
+                "--on ray: the nodes need an MLflow server that all of them reach; set MLFLOW_TRACKING_URI to it"
+            )
         where = address or os.environ.get("RAY_ADDRESS", "auto")
         host, _, port = where.rpartition(":")
         try:
-            if port.isdigit() and "/" not in host:  # Ray itself would go on trying for a quarter of an hour
+            if (
+                port.isdigit() and "/" not in host
+            ):  # Ray itself would go on trying for a quarter of an hour
                 socket.create_connection((host, int(port)), timeout=5).close()
             ray.init(address=where, log_to_driver=False, configure_logging=False)
         except (OSError, ValueError, RuntimeError) as error:
             why = (str(error).splitlines() or [""])[0][:200]
-            raise UserError(f"--on ray: no cluster answers ({why}); start one with `ray start --head`, or give its --address") from None
+            raise UserError(
+                f"--on ray: no cluster answers ({why}); start one with `ray start --head`, or give its --address"
+            ) from None
         # pinned to this node, which this process cannot outlive: on another it would be lost with that one
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._ray, self._mailbox = ray, ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
-        needs = {"num_cpus": spec.compute.threads, "num_gpus": 1 if spec.compute.device == "cuda" else 0}
+        self._ray, self._mailbox = (
+            ray,
+            ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote(),
+        )
+        needs = {
+            "num_cpus": spec.compute.threads,
+            "num_gpus": 1 if spec.compute.device == "cuda" else 0,
+        }
         self._task = ray.remote(train).options(**needs, max_retries=RETRIES)
         self._environment = {key: os.environ[key] for key in PASSED_ON if key in os.environ}
         room = int(ray.cluster_resources().get("CPU", 1) // spec.compute.threads)

@@ -21,7 +21,13 @@ from fmnist.errors import UserError
 LEVEL, POWER = 0.05, 0.8
 MOST_SEEDS = 1_000
 """More seeds than this are not counted out: they are 'more than 1,000'."""
-PROVENANCE = {"torch": "torch", "device": "device", "threads": "threads", "git_commit": "git commit", "git_dirty": "uncommitted changes"}
+PROVENANCE = {
+    "torch": "torch",
+    "device": "device",
+    "threads": "threads",
+    "git_commit": "git commit",
+    "git_dirty": "uncommitted changes",
+}
 """Tags that the runs of a comparison should share, in words."""
 COMMIT = re.compile(r"^([0-9a-f]{8})[0-9a-f]{32}$")
 NOT_COMPARED = re.compile(r"train\.seed$|tracking\.|compute\.|name$|question$")
@@ -73,9 +79,17 @@ class Group:
 
     def stated(self, metric: str = "last/val_accuracy") -> str:
         """Mean ± standard deviation of a metric over the finished members, never without the number of seeds."""
-        values = self.finished[f"m/{metric}"].dropna() if f"m/{metric}" in self.finished else pd.Series(dtype=float)
+        values = (
+            self.finished[f"m/{metric}"].dropna()
+            if f"m/{metric}" in self.finished
+            else pd.Series(dtype=float)
+        )
         spread = f" ± {values.std():.4f}" if len(values) > 1 else ""
-        return f"{values.mean():.4f}{spread} (n = {self.size})" if len(values) else f"no result (n = {self.size})"
+        return (
+            f"{values.mean():.4f}{spread} (n = {self.size})"
+            if len(values)
+            else f"no result (n = {self.size})"
+        )
 
 
 def _size(n: int, diverged: int) -> str:
@@ -85,37 +99,73 @@ def _size(n: int, diverged: int) -> str:
 def groups(runs: pd.DataFrame) -> list[Group]:
     """The groups among runs (a frame of tracking.Store.runs), oldest first; interrupted, failed, pruned and running ones are left out."""
     needed = ["t/kind", "t/group", "t/seed", "p/train.seed", "t/outcome", "t/reason"]
-    runs = runs.reindex(columns=runs.columns.union(needed, sort=False)).sort_values("start", kind="stable")
+    runs = runs.reindex(columns=runs.columns.union(needed, sort=False)).sort_values(
+        "start", kind="stable"
+    )
     runs = runs.astype(dict.fromkeys(needed, object))
-    told = runs["status"].map({"FINISHED": "finished"}).astype(object)  # what older runs and other programs' have no tag for
-    told[(runs["status"] == "FAILED") & runs["t/reason"].fillna("").str.startswith("the training loss is")] = "diverged"
+    told = (
+        runs["status"].map({"FINISHED": "finished"}).astype(object)
+    )  # what older runs and other programs' have no tag for
+    told[
+        (runs["status"] == "FAILED")
+        & runs["t/reason"].fillna("").str.startswith("the training loss is")
+    ] = "diverged"
     outcome, key = runs["t/outcome"].fillna(told), runs["t/group"].fillna(runs["run_id"])
-    seed = pd.to_numeric(runs["t/seed"].fillna(runs["p/train.seed"]), errors="coerce").fillna(-1).astype(int)
+    seed = (
+        pd.to_numeric(runs["t/seed"].fillna(runs["p/train.seed"]), errors="coerce")
+        .fillna(-1)
+        .astype(int)
+    )
     counted = outcome.isin(["finished", "diverged"]) & ~runs["t/kind"].isin(["group", "sweep"])
     rows = runs.assign(seed=seed, diverged=outcome == "diverged")[counted]
     found = [_group(str(name), part) for name, part in rows.groupby(key[counted], sort=False)]
     shared = Counter(group.label for group in found)
-    return [replace(group, label=f"{group.label} ({group.key[:6]})") if shared[group.label] > 1 else group for group in found]
+    return [
+        replace(group, label=f"{group.label} ({group.key[:6]})")
+        if shared[group.label] > 1
+        else group
+        for group in found
+    ]
 
 
 def _group(key: str, rows: pd.DataFrame) -> Group:
     """One group's rows, oldest first: of each seed the newest finished run counts, or the newest diverged one if none finished."""
     [(label, _)] = Counter(re.sub(r" s\d+$", "", str(name)) for name in rows["name"]).most_common(1)
-    members = rows.sort_values("diverged", ascending=False, kind="stable").drop_duplicates("seed", keep="last")
+    members = rows.sort_values("diverged", ascending=False, kind="stable").drop_duplicates(
+        "seed", keep="last"
+    )
     others = rows[~rows["run_id"].isin(members["run_id"])]
     rerun = {*others.loc[others["diverged"], "seed"]} & {*members.loc[~members["diverged"], "seed"]}
-    return Group(label, key, members.sort_values("seed", ignore_index=True), tuple(others["run_id"]), tuple(sorted(rerun)))
+    return Group(
+        label,
+        key,
+        members.sort_values("seed", ignore_index=True),
+        tuple(others["run_id"]),
+        tuple(sorted(rerun)),
+    )
 
 
 def _mixtures(groups: Sequence[Group]) -> list[str]:
     members = pd.concat([group.members.assign(label=group.label) for group in groups])
     rerun = [group for group in groups if group.rerun]
-    lines = [f"{group.label}: of seeds {_listed(group.rerun)} another run diverged; the one that finished counts" for group in rerun]
+    lines = [
+        f"{group.label}: of seeds {_listed(group.rerun)} another run diverged; the one that finished counts"
+        for group in rerun
+    ]
     for tag, name in PROVENANCE.items():
         if (column := f"t/{tag}") in members:
-            counts = Counter(zip(members[column].fillna("unknown").str.replace(COMMIT, r"\1", regex=True), members["label"], strict=True))
+            counts = Counter(
+                zip(
+                    members[column].fillna("unknown").str.replace(COMMIT, r"\1", regex=True),
+                    members["label"],
+                    strict=True,
+                )
+            )
             values = dict.fromkeys(value for value, _ in counts)
-            told = [f"{value} ({', '.join(f'{n} of {label}' for (of, label), n in counts.items() if of == value)})" for value in values]
+            told = [
+                f"{value} ({', '.join(f'{n} of {label}' for (of, label), n in counts.items() if of == value)})"
+                for value in values
+            ]
             lines += [f"the runs differ in {name}: {'; '.join(told)}"] if len(values) > 1 else []
     return lines
 
@@ -126,8 +176,13 @@ def mean_curves(curves: Sequence[pd.DataFrame]) -> pd.DataFrame:
     Index step; columns val/accuracy, val/accuracy_std, val/loss, val/loss_std, n.
     """
     metrics = ["val/accuracy", "val/loss"]
-    rows = [curve.reindex(columns=["step", *metrics]).dropna(subset=metrics, how="all") for curve in curves]
-    by_step = (pd.concat(rows) if rows else pd.DataFrame(columns=["step", *metrics], dtype=float)).groupby("step")[metrics]
+    rows = [
+        curve.reindex(columns=["step", *metrics]).dropna(subset=metrics, how="all")
+        for curve in curves
+    ]
+    by_step = (
+        pd.concat(rows) if rows else pd.DataFrame(columns=["step", *metrics], dtype=float)
+    ).groupby("step")[metrics]
     table = by_step.mean().join(by_step.std().add_suffix("_std")).assign(n=by_step.size())
     return table[["val/accuracy", "val/accuracy_std", "val/loss", "val/loss_std", "n"]]
 
@@ -146,29 +201,47 @@ def differing(groups: Sequence[Group]) -> pd.DataFrame:
         known = {str(column).removeprefix("p/"): value for column, value in first.items()}
         rows[group.label] = (defaults if "optimizer.type" in known else {}) | known
     table = pd.DataFrame.from_dict(rows, orient="index").fillna(UNKNOWN)
-    return table[[path for path in table if table[path].nunique() > 1 and not NOT_COMPARED.match(str(path))]]
+    return table[
+        [path for path in table if table[path].nunique() > 1 and not NOT_COMPARED.match(str(path))]
+    ]
 
 
 def cautions(groups: Sequence[Group]) -> list[str]:
     """What anyone who reads a comparison of these groups, the first being the reference, has to know: a line each."""
-    members = pd.concat([group.members.assign(label=group.label) for group in groups], ignore_index=True)
+    members = pd.concat(
+        [group.members.assign(label=group.label) for group in groups], ignore_index=True
+    )
     lines = []
     if on_test := _labels(members, "p/data.holdout", "null"):
-        lines.append(f"validation was the test set ({on_test}): a choice made by these figures is made on it; set data.holdout")
+        lines.append(
+            f"validation was the test set ({on_test}): a choice made by these figures is made on it; set data.holdout"
+        )
     if selected := _labels(members, "t/weights", "best"):
-        lines.append(f"the best evaluation was selected on the same images ({selected}): its accuracy is too high by that choice")
+        lines.append(
+            f"the best evaluation was selected on the same images ({selected}): its accuracy is too high by that choice"
+        )
     for group in groups[1:]:
         changed = _changed(differing([groups[0], group]))
         if {"data.holdout", "data.split_seed"} & set(changed):
             lines.append(f"{group.label} was validated on other images than {groups[0].label}")
         if len(changed) > 1:
-            lines.append(f"{group.label} differs from {groups[0].label} in more than one parameter: {', '.join(changed)}")
-    lines += [f"{group.label}: n = {group.size} (seeds {_listed(group.diverged)})" for group in groups if group.diverged]
+            lines.append(
+                f"{group.label} differs from {groups[0].label} in more than one parameter: {', '.join(changed)}"
+            )
+    lines += [
+        f"{group.label}: n = {group.size} (seeds {_listed(group.diverged)})"
+        for group in groups
+        if group.diverged
+    ]
     return lines + _mixtures(groups)
 
 
 def _labels(members: pd.DataFrame, column: str, value: str) -> str:
-    return ", ".join(dict.fromkeys(members.loc[members[column] == value, "label"])) if column in members else ""
+    return (
+        ", ".join(dict.fromkeys(members.loc[members[column] == value, "label"]))
+        if column in members
+        else ""
+    )
 
 
 def _changed(pair: pd.DataFrame) -> list[str]:
@@ -222,9 +295,13 @@ def paired(reference: np.ndarray, other: np.ndarray) -> Estimate:
     of moments: (MS_seeds + MS_images - MS_residual) / (nN) (Searle, Casella & McCulloch, Variance Components, 1992, ch. 4). The image term
     is kept at 0 or above and the t quantile is that of n - 1 degrees of freedom, as if all of it were the seeds': both are conservative.
     """
-    seeds, images, residual = _moments(np.subtract(other, reference, dtype=np.result_type(reference, other, np.int8)))
+    seeds, images, residual = _moments(
+        np.subtract(other, reference, dtype=np.result_type(reference, other, np.int8))
+    )
     n = seeds.shape[-1]
-    return Estimate(seeds.mean(-1), seeds.var(-1, ddof=1) / n, _image_variance(images, residual / n), n - 1)
+    return Estimate(
+        seeds.mean(-1), seeds.var(-1, ddof=1) / n, _image_variance(images, residual / n), n - 1
+    )
 
 
 def unpaired(reference: np.ndarray, other: np.ndarray) -> Estimate:
@@ -232,7 +309,10 @@ def unpaired(reference: np.ndarray, other: np.ndarray) -> Estimate:
 
     Welch's test (Biometrika 34, 1947) on the seeds' accuracies, with Satterthwaite's degrees of freedom, and the image term of `paired`.
     """
-    (before, images_before, residual_before), (after, images_after, residual_after) = _moments(reference), _moments(other)
+    (before, images_before, residual_before), (after, images_after, residual_after) = (
+        _moments(reference),
+        _moments(other),
+    )
     n, m = before.shape[-1], after.shape[-1]
     v, w = before.var(-1, ddof=1) / n, after.var(-1, ddof=1) / m
     with np.errstate(invalid="ignore"):
@@ -253,7 +333,11 @@ def _moments(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, Any]:
 def _image_variance(images: np.ndarray, residual: Any) -> Any:
     """What the images [..., N] add to the variance of their mean, less what the seeds' variance holds of it already."""
     size = images.shape[-1]
-    return np.maximum(0, images.var(-1, ddof=1) - residual) / size if size > 1 else np.zeros(images.shape[:-1])
+    return (
+        np.maximum(0, images.var(-1, ddof=1) - residual) / size
+        if size > 1
+        else np.zeros(images.shape[:-1])
+    )
 
 
 def sign_flip(counts: np.ndarray) -> float:
@@ -267,7 +351,10 @@ def sign_flip(counts: np.ndarray) -> float:
 
 def mcnemar(only_reference: int, only_other: int) -> float:
     """The exact p-value of two models' disagreements: images that one gets right and the other wrong (McNemar, Psychometrika 12, 1947)."""
-    return min(1.0, 2 * float(special.bdtr(min(only_reference, only_other), only_reference + only_other, 0.5)))
+    return min(
+        1.0,
+        2 * float(special.bdtr(min(only_reference, only_other), only_reference + only_other, 0.5)),
+    )
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -278,7 +365,12 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def seeds_needed(
-    variances: Sequence[float], df: float, image_variance: float, detect: float, level: float = LEVEL, least: int = 2
+    variances: Sequence[float],
+    df: float,
+    image_variance: float,
+    detect: float,
+    level: float = LEVEL,
+    least: int = 2,
 ) -> tuple[int | None, int | None, int | None]:
     """How many seeds each setting needs to find a difference of `detect` with 80 % power, and the range of that; None: more than 1,000.
 
@@ -286,14 +378,20 @@ def seeds_needed(
     seeds shrink their part of the variance, the images' stays. The range is that of the chi-square interval (95 %) of the variance on its df.
     """
     total = float(np.sum(variances))
-    rate = total**2 / float(np.sum(np.square(variances))) if total else 1.0  # degrees of freedom that a seed of each setting adds
+    rate = (
+        total**2 / float(np.sum(np.square(variances))) if total else 1.0
+    )  # degrees of freedom that a seed of each setting adds
 
     def first(variance: float) -> int | None:
         def power(n: int) -> float:
             df = rate * (n - 1)
-            shift = detect / max(np.sqrt(variance / n + image_variance), detect / 30)  # the power is 1 long before 30
+            shift = detect / max(
+                np.sqrt(variance / n + image_variance), detect / 30
+            )  # the power is 1 long before 30
             critical = special.stdtrit(df, 1 - level / 2)
-            return float(1 - special.nctdtr(df, shift, critical) + special.nctdtr(df, shift, -critical))
+            return float(
+                1 - special.nctdtr(df, shift, critical) + special.nctdtr(df, shift, -critical)
+            )
 
         found = bisect_left(range(MOST_SEEDS + 1), POWER, lo=least, key=power)
         return found if found <= MOST_SEEDS else None
@@ -321,7 +419,9 @@ class Sample:
     """Seeds that have no accuracy because their run diverged."""
 
     @classmethod
-    def of(cls, group: Group | str, seeds: Sequence[int], predictions: Sequence[pd.DataFrame]) -> "Sample":
+    def of(
+        cls, group: Group | str, seeds: Sequence[int], predictions: Sequence[pd.DataFrame]
+    ) -> "Sample":
         """The sample of these seeds' predictions: frames with the columns split, index, label, logit_0 to logit_9.
 
         Raises UserError where the runs were not validated on the same images.
@@ -333,14 +433,21 @@ class Sample:
         indices = [frame["index"].to_numpy() for frame in frames]
         for seed, index in zip(seeds, indices, strict=True):
             _check_images(f"{label} s{seeds[0]}", indices[0], f"{label} s{seed}", index)
-        correct = np.array([frame.filter(like="logit_").to_numpy().argmax(1) == frame["label"] for frame in frames])
+        correct = np.array(
+            [frame.filter(like="logit_").to_numpy().argmax(1) == frame["label"] for frame in frames]
+        )
         return cls(label, tuple(seeds), correct.mean(1), correct, indices[0], diverged)
 
     @classmethod
     def without_images(cls, group: Group) -> "Sample":
         """The sample of a group whose predictions are not all stored: its runs' last validation accuracies."""
         known = group.finished.reindex(columns=["seed", "m/last/val_accuracy"]).dropna()
-        return cls(group.label, tuple(known["seed"].tolist()), known["m/last/val_accuracy"].to_numpy(float), diverged=group.diverged)
+        return cls(
+            group.label,
+            tuple(known["seed"].tolist()),
+            known["m/last/val_accuracy"].to_numpy(float),
+            diverged=group.diverged,
+        )
 
     @property
     def n(self) -> int:
@@ -349,7 +456,9 @@ class Sample:
     def table(self, seeds: Sequence[int], images: bool) -> np.ndarray:
         """[n, N] right or not of these seeds, or their accuracies as [n, 1]."""
         rows = [self.seeds.index(seed) for seed in seeds]
-        return self.correct[rows] if images and self.correct is not None else self.accuracy[rows, None]
+        return (
+            self.correct[rows] if images and self.correct is not None else self.accuracy[rows, None]
+        )
 
 
 def _check_images(one: str, index: np.ndarray, another: str, other: np.ndarray) -> None:
@@ -415,9 +524,13 @@ def compare(samples: Sequence[Sample], detect: float = 0.002) -> list[Comparison
     UserError where there is nothing to compare, or where the images differ.
     """
     if len(samples) < 2:
-        raise UserError(f"a comparison needs two settings or more, given {len(samples)}; name another experiment, group or run")
+        raise UserError(
+            f"a comparison needs two settings or more, given {len(samples)}; name another experiment, group or run"
+        )
     if not 0 < detect < 1:
-        raise UserError(f"detect: given {detect}; allowed is a difference in accuracy above 0 and below 1, such as 0.002")
+        raise UserError(
+            f"detect: given {detect}; allowed is a difference in accuracy above 0 and below 1, such as 0.002"
+        )
     reference, *others = samples
     for other in others:
         if reference.index is not None and other.index is not None:
@@ -425,8 +538,12 @@ def compare(samples: Sequence[Sample], detect: float = 0.002) -> list[Comparison
     tested = sum(min(reference.n, other.n) > 1 for other in others)
     found = [_compared(reference, other, detect, LEVEL / max(1, tested)) for other in others]
     adjusted = iter(holm([each.p for each in found if each.p is not None]))
-    told = [each if each.p is None else _told(each, next(adjusted), tested, detect) for each in found]
-    return [_with_diverged(each, (reference, other)) for each, other in zip(told, others, strict=True)]
+    told = [
+        each if each.p is None else _told(each, next(adjusted), tested, detect) for each in found
+    ]
+    return [
+        _with_diverged(each, (reference, other)) for each, other in zip(told, others, strict=True)
+    ]
 
 
 def _compared(reference: Sample, other: Sample, detect: float, level: float) -> Comparison:
@@ -443,8 +560,14 @@ def _compared(reference: Sample, other: Sample, detect: float, level: float) -> 
     before, after = (table.mean(1) for table in tables)
     estimate = paired(*tables) if pairs else unpaired(*tables)
     variances = [(after - before).var(ddof=1)] if pairs else [before.var(ddof=1), after.var(ddof=1)]
-    needed, fewest, most = seeds_needed(variances, estimate.df, estimate.image_variance, detect, level, 3 if pairs else 2)
-    counts = np.rint((after - before) * (tables[0].shape[1] if images else 1_000_000)).astype(int) if pairs else None
+    needed, fewest, most = seeds_needed(
+        variances, estimate.df, estimate.image_variance, detect, level, 3 if pairs else 2
+    )
+    counts = (
+        np.rint((after - before) * (tables[0].shape[1] if images else 1_000_000)).astype(int)
+        if pairs
+        else None
+    )
     low, high = estimate.interval
     return Comparison(
         reference.label, other.label, "paired" if pairs else "unpaired", seeds, left_out, float(estimate.difference), float(low), float(high),
@@ -475,63 +598,100 @@ def _single(reference: Sample, other: Sample) -> Comparison:
             sentence += f" and {reference.label} alone on {lost:,} (exact McNemar, {_p(p)})"
         sentence += "; one seed each: cannot tell about the settings. Train both with the same seeds, such as SEEDS=5"
     seeds_used = reference.seeds, other.seeds
-    return Comparison(reference.label, other.label, "single", seeds_used, difference=difference, mcnemar_p=p, sentence=sentence)
+    return Comparison(
+        reference.label,
+        other.label,
+        "single",
+        seeds_used,
+        difference=difference,
+        mcnemar_p=p,
+        sentence=sentence,
+    )
 
 
 def _told(found: Comparison, adjusted_p: float, tested: int, detect: float) -> Comparison:
     """With its verdict, which is its adjusted p-value's, in words."""
     assert found.p is not None
     assert found.difference is not None
-    verdict: Verdict = "cannot tell" if adjusted_p >= LEVEL else "better" if found.difference > 0 else "worse"
+    verdict: Verdict = (
+        "cannot tell" if adjusted_p >= LEVEL else "better" if found.difference > 0 else "worse"
+    )
     sampled = "new seeds" if found.se_images is None else "new seeds and new images"
-    seeds = f"{found.n[0]} pairs of seeds" if found.design == "paired" else f"{found.n[0]} and {found.n[1]} seeds"
+    seeds = (
+        f"{found.n[0]} pairs of seeds"
+        if found.design == "paired"
+        else f"{found.n[0]} and {found.n[1]} seeds"
+    )
     family = f", {_p(adjusted_p)} by Holm over {tested} comparisons" if tested > 1 else ""
     evidence = f"validation accuracy {found.difference:+.4f}, 95 % interval {found.low:+.4f} to {found.high:+.4f} over {sampled}"
     evidence += f" ({seeds}, {_p(found.p)}{family})"
     sentence = f"{found.other} is {verdict} than {found.reference}: {evidence}"
     if verdict == "cannot tell":
         sentence = f"cannot tell {found.other} from {found.reference}: {evidence}; {_outlook(found, tested, detect)}"
-    return replace(found, adjusted_p=adjusted_p, verdict=verdict, sentence=sentence, notes=_notes(found, adjusted_p, tested))
+    return replace(
+        found,
+        adjusted_p=adjusted_p,
+        verdict=verdict,
+        sentence=sentence,
+        notes=_notes(found, adjusted_p, tested),
+    )
 
 
 def _notes(found: Comparison, adjusted_p: float, tested: int) -> tuple[str, ...]:
     """What was done and left out, a line each."""
     common, notes = len({*found.seeds[0]} & {*found.seeds[1]}), []
     if found.se_images is None:
-        notes.append("the interval is over new seeds alone: not all predictions are stored, so images are not in it")
+        notes.append(
+            "the interval is over new seeds alone: not all predictions are stored, so images are not in it"
+        )
     if found.left_out:
-        notes.append(f"paired by seed; left out are those that only one of the two has: {_listed(found.left_out)}")
+        notes.append(
+            f"paired by seed; left out are those that only one of the two has: {_listed(found.left_out)}"
+        )
     if found.design == "unpaired":
         notes.append(f"not paired, which takes 3 seeds in common: there are {common}")
     if found.sign_flip_p is not None:
         least = f"with {common} pairs it is at least {found.smallest_p:.2g}, and it never decides"
         notes.append(f"exact sign flip of the pairs: {_p(found.sign_flip_p)}; {least}")
     if tested > 1:
-        notes.append(f"the interval is a 95 % one by itself; the verdicts of the {tested} comparisons hold together (Holm)")
+        notes.append(
+            f"the interval is a 95 % one by itself; the verdicts of the {tested} comparisons hold together (Holm)"
+        )
     if (found.p or 0) < LEVEL <= adjusted_p:
-        notes.append(f"the interval leaves out 0, as one of {tested} may well do by chance: hence no verdict")
+        notes.append(
+            f"the interval leaves out 0, as one of {tested} may well do by chance: hence no verdict"
+        )
     return tuple(notes)
 
 
 def _outlook(found: Comparison, tested: int, detect: float) -> str:
     """What more seeds would give."""
     now, needed, ends = min(found.n), found.seeds_needed, found.seeds_range or (None, None)
-    if (found.se_images or 0) * (special.ndtri(1 - LEVEL / 2 / tested) + special.ndtri(POWER)) >= detect:
+    if (found.se_images or 0) * (
+        special.ndtri(1 - LEVEL / 2 / tested) + special.ndtri(POWER)
+    ) >= detect:
         return f"no number of seeds would resolve a difference of {detect:g}: these images alone leave a standard error of {found.se_images:.4f}"
     if needed is None:
         return f"to resolve a difference of {detect:g} takes more than {MOST_SEEDS:,} seeds of each"
     if needed <= now:
         return f"so many seeds resolve a difference of {detect:g} in 4 of 5 cases; more are of use only for smaller ones"
-    few, many = (f"{max(0, end - now):,}" if end else f"more than {MOST_SEEDS - now:,}" for end in ends)
+    few, many = (
+        f"{max(0, end - now):,}" if end else f"more than {MOST_SEEDS - now:,}" for end in ends
+    )
     return f"about {needed - now:,} more seeds of each would resolve a difference of {detect:g} ({few} to {many}: the spread itself is uncertain)"
 
 
 def _with_diverged(found: Comparison, samples: Sequence[Sample]) -> Comparison:
     """No result of a setting of which runs diverged stands without saying so."""
     hit = [each for each in samples if each.diverged]
-    sizes = [f"{each.label}: n = {_size(each.n + len(each.diverged), len(each.diverged))} (seeds {_listed(each.diverged)})" for each in hit]
+    sizes = [
+        f"{each.label}: n = {_size(each.n + len(each.diverged), len(each.diverged))} (seeds {_listed(each.diverged)})"
+        for each in hit
+    ]
     lines = tuple(f"{size}; compared are those that finished" for size in sizes)
-    return replace(found, sentence=". ".join([found.sentence, *lines]), notes=(*lines, *found.notes))
+    return replace(
+        found, sentence=". ".join([found.sentence, *lines]), notes=(*lines, *found.notes)
+    )
 
 
 def _p(p: float) -> str:
@@ -540,5 +700,10 @@ def _p(p: float) -> str:
 
 def _listed(seeds: Sequence[int]) -> str:
     """Numbers in ascending order, three or more in a row by their ends: '3, 7 to 9'."""
-    rows = [[seed for _, seed in row] for _, row in groupby(enumerate(seeds), lambda place: place[1] - place[0])]
-    return ", ".join(f"{row[0]} to {row[-1]}" if len(row) > 2 else ", ".join(map(str, row)) for row in rows)
+    rows = [
+        [seed for _, seed in row]
+        for _, row in groupby(enumerate(seeds), lambda place: place[1] - place[0])
+    ]
+    return ", ".join(
+        f"{row[0]} to {row[-1]}" if len(row) > 2 else ", ".join(map(str, row)) for row in rows
+    )

@@ -57,7 +57,9 @@ def _torchvision(into: Path) -> None:
     from torchvision.datasets import FashionMNIST
 
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torchvision sets none, and a dead proxy would hang it for ever
+    socket.setdefaulttimeout(
+        DOWNLOAD_TIMEOUT_S
+    )  # torchvision sets none, and a dead proxy would hang it for ever
     try:
         FashionMNIST(into, download=True)
     finally:
@@ -66,7 +68,9 @@ def _torchvision(into: Path) -> None:
 
 def _debian_package(into: Path) -> None:
     command = ["sh", "-ec", DEBIAN_SCRIPT, "sh", DEBIAN_PACKAGE]
-    result = subprocess.run(command, cwd=into, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600)
+    result = subprocess.run(
+        command, cwd=into, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600
+    )
     if result.returncode != 0:
         raise RuntimeError((result.stderr.strip().splitlines() or ["apt-get failed"])[-1])
 
@@ -90,13 +94,17 @@ def faults(root: Path) -> dict[str, str]:
             found[name] = "missing"
             continue
         except OSError as error:
-            raise DataError(f"{path}: can't be read: {error.strerror}; mend its permissions or delete it") from None
+            raise DataError(
+                f"{path}: can't be read: {error.strerror}; mend its permissions or delete it"
+            ) from None
         if actual != expected:
             found[name] = f"altered or cut short: SHA-256 {actual}, expected {expected}"
     return found
 
 
-def ensure(root: Path, say: Callable[[str], None] = print, sources: Sequence[Source] = SOURCES) -> None:
+def ensure(
+    root: Path, say: Callable[[str], None] = print, sources: Sequence[Source] = SOURCES
+) -> None:
     """Make the four verified files present, fetching them if need be; raises DataError naming every source tried."""
     if not faults(root):
         return
@@ -115,7 +123,9 @@ def ensure(root: Path, say: Callable[[str], None] = print, sources: Sequence[Sou
         raise DataError(f"{raw}: can't be written: {error.strerror or error}") from None
 
 
-def _fetch(raw: Path, wanted: dict[str, str], say: Callable[[str], None], sources: Sequence[Source]) -> None:
+def _fetch(
+    raw: Path, wanted: dict[str, str], say: Callable[[str], None], sources: Sequence[Source]
+) -> None:
     failures = []
     for label, fetch in sources:
         say(f"fetching Fashion-MNIST from {label}")
@@ -124,8 +134,12 @@ def _fetch(raw: Path, wanted: dict[str, str], say: Callable[[str], None], source
                 fetch(Path(folder))
                 _take(Path(folder), raw, wanted)
                 return
-            except Exception as error:  # whatever a source raises, the next one is tried and the reason is told
-                failures.append(f"  {label}: {' '.join(str(error).split())[:200] or type(error).__name__}")
+            except (
+                Exception
+            ) as error:  # whatever a source raises, the next one is tried and the reason is told
+                failures.append(
+                    f"  {label}: {' '.join(str(error).split())[:200] or type(error).__name__}"
+                )
                 say(failures[-1].strip())
     raise DataError(
         f"Fashion-MNIST is not in {raw} and could not be fetched. Tried:\n"
@@ -137,10 +151,19 @@ def _fetch(raw: Path, wanted: dict[str, str], say: Callable[[str], None], source
 def _take(folder: Path, raw: Path, wanted: dict[str, str]) -> None:
     """Verify the wanted files found anywhere below `folder`, decompressed or not; only then rename them into place."""
     for name in wanted:
-        found = next((path for path in folder.rglob(f"{name}*") if path.is_file() and path.suffix in ("", ".gz")), None)
+        found = next(
+            (
+                path
+                for path in folder.rglob(f"{name}*")
+                if path.is_file() and path.suffix in ("", ".gz")
+            ),
+            None,
+        )
         if found is None:
             raise FileNotFoundError(f"it does not hold {name}")
-        content = gzip.decompress(found.read_bytes()) if found.suffix == ".gz" else found.read_bytes()
+        content = (
+            gzip.decompress(found.read_bytes()) if found.suffix == ".gz" else found.read_bytes()
+        )
         if (actual := hashlib.sha256(content).hexdigest()) != SHA256[name]:
             raise ValueError(f"its {name} has SHA-256 {actual}, expected {SHA256[name]}")
         (folder / f".{name}").write_bytes(content)
@@ -173,7 +196,9 @@ class Dataset:
 
     def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch of training batches, images [B, 1, 28, 28] and labels [B]: equal in meaning to DataLoader(shuffle=True)."""
-        for rows in order(len(self.train), seed, epoch).to(self.train.labels.device).split(batch_size):
+        for rows in (
+            order(len(self.train), seed, epoch).to(self.train.labels.device).split(batch_size)
+        ):
             yield self.train.images[rows].view(-1, 1, 28, 28), self.train.labels[rows]
 
 
@@ -188,14 +213,22 @@ def normalization(spec: specs.Data) -> tuple[float, float]:
     return (0.0, 1 / 255) if spec.normalization == "unit" else (255 * MEAN, 1 / (255 * STD))
 
 
-def load(spec: specs.Data, root: Path, device: torch.device, say: Callable[[str], None] = print) -> Dataset:
+def load(
+    spec: specs.Data, root: Path, device: torch.device, say: Callable[[str], None] = print
+) -> Dataset:
     """The splits on the device, fetched first where need be; raises DataError."""
     ensure(root, say)
     shift, scale = normalization(spec)
 
     def split(images: np.ndarray, labels: np.ndarray, index: np.ndarray) -> Split:
         # One copy of the pixels, made by float(); the rest is in place.
-        pixels = torch.from_numpy(images[index] if len(index) < len(images) else images).to(device).float().sub_(shift).mul_(scale)
+        pixels = (
+            torch.from_numpy(images[index] if len(index) < len(images) else images)
+            .to(device)
+            .float()
+            .sub_(shift)
+            .mul_(scale)
+        )
         return Split(pixels, torch.from_numpy(labels[index].astype(np.int64)).to(device), index)
 
     images, labels = _read(root, "train")
@@ -206,15 +239,21 @@ def load(spec: specs.Data, root: Path, device: torch.device, say: Callable[[str]
         return Dataset(split(images, labels, everything), test, None)
     from sklearn.model_selection import train_test_split
 
-    kept, held_out = train_test_split(everything, test_size=spec.holdout, random_state=spec.split_seed, stratify=labels)
-    return Dataset(split(images, labels, np.sort(kept)), split(images, labels, np.sort(held_out)), test)
+    kept, held_out = train_test_split(
+        everything, test_size=spec.holdout, random_state=spec.split_seed, stratify=labels
+    )
+    return Dataset(
+        split(images, labels, np.sort(kept)), split(images, labels, np.sort(held_out)), test
+    )
 
 
 def _read(root: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
     """The images [N, P] and labels [N] of one file pair, both uint8; the digests were checked, so the headers are known."""
     raw = raw_folder(root)
     images = np.fromfile(raw / f"{prefix}-images-idx3-ubyte", np.uint8, offset=16)
-    return images.reshape(-1, specs.PIXELS), np.fromfile(raw / f"{prefix}-labels-idx1-ubyte", np.uint8, offset=8)
+    return images.reshape(-1, specs.PIXELS), np.fromfile(
+        raw / f"{prefix}-labels-idx1-ubyte", np.uint8, offset=8
+    )
 
 
 def raw_images(root: Path, n: int) -> np.ndarray:

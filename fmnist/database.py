@@ -20,7 +20,12 @@ from fmnist import spec as specs
 from fmnist.errors import StoreError
 from fmnist.journal import Result
 
-PATHS = "experiments.artifact_location", "runs.artifact_uri", "logged_models.artifact_location", "model_versions.storage_location"
+PATHS = (
+    "experiments.artifact_location",
+    "runs.artifact_uri",
+    "logged_models.artifact_location",
+    "model_versions.storage_location",
+)
 RECORDED = """
 SELECT print.value, coalesce(outcome.value, CASE status WHEN 'FINISHED' THEN 'finished' END), run.run_uuid, accuracy.value FROM runs AS run
 JOIN tags AS print ON print.run_uuid = run.run_uuid AND print.key = 'fingerprint'
@@ -56,7 +61,9 @@ def told(problem: str, remedy: str) -> Iterator[None]:
 
 def sqlite(path: Path) -> "contextlib.closing[sqlite3.Connection]":
     """A database past MLflow; it is never created."""
-    return contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=20, isolation_level=None))
+    return contextlib.closing(
+        sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=20, isolation_level=None)
+    )
 
 
 def prepare(root: Path) -> None:
@@ -64,47 +71,81 @@ def prepare(root: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     if set("?%") & set(str(root)):
-        raise StoreError(f"{root}: SQLAlchemy can't open a file below a folder with ? or % in its name; rename the folder")
+        raise StoreError(
+            f"{root}: SQLAlchemy can't open a file below a folder with ? or % in its name; rename the folder"
+        )
     path, artifacts = database(root), root / "mlruns" / "artifacts"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.parent / ".lock", "w") as lock:  # MLflow's own creation is not safe when several processes begin at once
+    with open(
+        path.parent / ".lock", "w"
+    ) as lock:  # MLflow's own creation is not safe when several processes begin at once
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             partial = path.with_suffix(".db.partial")
             partial.unlink(missing_ok=True)
             SqlAlchemyStore(f"sqlite:///{partial}", str(artifacts)).engine.dispose()
             with sqlite(partial) as connection:
-                connection.execute("PRAGMA journal_mode=WAL")  # it stays with the file: readers and the writer don't wait for each other
-            for left in path.parent.glob("mlflow.db-[sw][ah][lm]"):  # by a database that is gone; SQLite would take it for the new one's
+                connection.execute(
+                    "PRAGMA journal_mode=WAL"
+                )  # it stays with the file: readers and the writer don't wait for each other
+            for left in path.parent.glob(
+                "mlflow.db-[sw][ah][lm]"
+            ):  # by a database that is gone; SQLite would take it for the new one's
                 left.rename(f"{left}.old")
             partial.rename(path)
         with sqlite(path) as connection:
             connection.execute("BEGIN IMMEDIATE")
-            connection.execute("DELETE FROM alembic_version WHERE 0")  # fails where nothing can be written, which BEGIN doesn't
-            _check_schema(path, *connection.execute("SELECT max(version_num) FROM alembic_version").fetchone())
+            connection.execute(
+                "DELETE FROM alembic_version WHERE 0"
+            )  # fails where nothing can be written, which BEGIN doesn't
+            _check_schema(
+                path, *connection.execute("SELECT max(version_num) FROM alembic_version").fetchone()
+            )
             _relocate(connection, artifacts)
             connection.execute("COMMIT")
-        SqlAlchemyStore._get_or_create_engine(f"sqlite:///{path}").dispose()  # it keeps connections by path, to a file that is gone too
+        SqlAlchemyStore._get_or_create_engine(
+            f"sqlite:///{path}"
+        ).dispose()  # it keeps connections by path, to a file that is gone too
 
 
 def _check_schema(path: Path, found: str) -> None:
     """Refuse the database of another MLflow: an older one would be migrated in place without a word."""
     from mlflow.store.db.utils import ScriptDirectory, _get_alembic_config
 
-    newest, *older = (script.revision for script in ScriptDirectory.from_config(_get_alembic_config("")).walk_revisions())
+    newest, *older = (
+        script.revision
+        for script in ScriptDirectory.from_config(_get_alembic_config("")).walk_revisions()
+    )
     if found in older:
         upgrade = shlex.join([sys.executable, "-m", "mlflow", "db", "upgrade", f"sqlite:///{path}"])
-        raise StoreError(f"{path} is of an older MLflow (schema {found}, not {newest}); make a copy of it, then: {upgrade}")
+        raise StoreError(
+            f"{path} is of an older MLflow (schema {found}, not {newest}); make a copy of it, then: {upgrade}"
+        )
     if found != newest:
-        raise StoreError(f"{path} is of a newer MLflow (schema {found}, here {newest}); use the fmnist that wrote it")
+        raise StoreError(
+            f"{path} is of a newer MLflow (schema {found}, here {newest}); use the fmnist that wrote it"
+        )
 
 
 def _relocate(connection: sqlite3.Connection, here: Path) -> None:
     """Where mlruns/ was moved or copied, turn the paths in its database to its place now; its oldest experiment tells the former."""
-    locations = connection.execute("SELECT artifact_location FROM experiments ORDER BY experiment_id")
+    locations = connection.execute(
+        "SELECT artifact_location FROM experiments ORDER BY experiment_id"
+    )
     folders = (Path(unquote(location.removeprefix("file://"))).parent for (location,) in locations)
-    there = next((folder for folder in folders if folder.is_absolute() and folder.parts[-2:] == here.parts[-2:]), here)
-    moves = [{"old": f"{old}/", "new": f"{new}/"} for old, new in ((there, here), (there.as_uri(), here.as_uri())) if old != new]
+    there = next(
+        (
+            folder
+            for folder in folders
+            if folder.is_absolute() and folder.parts[-2:] == here.parts[-2:]
+        ),
+        here,
+    )
+    moves = [
+        {"old": f"{old}/", "new": f"{new}/"}
+        for old, new in ((there, here), (there.as_uri(), here.as_uri()))
+        if old != new
+    ]
     for table, column in (place.split(".") for place in PATHS):
         changed = f"UPDATE {table} SET {column} = :new || substr({column}, length(:old) + 1) WHERE instr({column}, :old) = 1"
         connection.executemany(changed, moves)
@@ -113,16 +154,29 @@ def _relocate(connection: sqlite3.Connection, here: Path) -> None:
 def recorded(root: Path) -> dict[str, Result]:
     """Fingerprints of the runs that are finished, diverged or pruned, and what is known of each; this process stays without MLflow."""
     if database(root).exists() and specs.tracking_server() is None:
-        with told(f"{database(root)} can't be read", "`fmnist doctor` says more"), sqlite(database(root)) as connection:
+        with (
+            told(f"{database(root)} can't be read", "`fmnist doctor` says more"),
+            sqlite(database(root)) as connection,
+        ):
             rows = connection.execute(RECORDED).fetchall()
     elif specs.tracking_server():
-        answer = subprocess.run([sys.executable, "-m", "fmnist", "runs", "--json"], capture_output=True, text=True)
-        found = json.loads(answer.stdout)["runs"] if answer.returncode == 0 else []  # there may be none yet
-        rows = [(run["fingerprint"], run["outcome"], run["run_id"], run["val_accuracy"]) for run in found]
+        answer = subprocess.run(
+            [sys.executable, "-m", "fmnist", "runs", "--json"], capture_output=True, text=True
+        )
+        found = (
+            json.loads(answer.stdout)["runs"] if answer.returncode == 0 else []
+        )  # there may be none yet
+        rows = [
+            (run["fingerprint"], run["outcome"], run["run_id"], run["val_accuracy"])
+            for run in found
+        ]
     else:
         rows = []
     counted = (row for row in rows if row[1] in ("finished", "diverged", "pruned"))
-    return {key: Result(outcome, f"{outcome} already, as run {run_id[:8]}", accuracy) for key, outcome, run_id, accuracy in counted}
+    return {
+        key: Result(outcome, f"{outcome} already, as run {run_id[:8]}", accuracy)
+        for key, outcome, run_id, accuracy in counted
+    }
 
 
 def seconds_per_step(root: Path, spec: specs.ExperimentSpec) -> float | None:
@@ -130,6 +184,12 @@ def seconds_per_step(root: Path, spec: specs.ExperimentSpec) -> float | None:
     if not database(root).exists() or specs.tracking_server() is not None:
         return None
     flat = spec.flat()
-    with told(f"{database(root)} can't be read", "`fmnist doctor` says more"), sqlite(database(root)) as connection:
-        found = connection.execute(PACES, {"hidden": str(flat["model.hidden"]), "batch_size": str(flat["train.batch_size"])}).fetchall()
+    with (
+        told(f"{database(root)} can't be read", "`fmnist doctor` says more"),
+        sqlite(database(root)) as connection,
+    ):
+        found = connection.execute(
+            PACES,
+            {"hidden": str(flat["model.hidden"]), "batch_size": str(flat["train.batch_size"])},
+        ).fetchall()
     return float(np.median(found)) if found else None

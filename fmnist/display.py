@@ -20,18 +20,30 @@ if TYPE_CHECKING:
 @contextmanager
 def run(quiet: bool) -> "Iterator[Callable[[Training], None]]":
     """A live line of progress on a terminal, nothing elsewhere."""
-    columns = (MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())  # no bar: all of it fits 80 characters
-    with Progress(*columns, console=Console(stderr=True), disable=quiet or not sys.stderr.isatty()) as progress:
+    columns = (
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+    )  # no bar: all of it fits 80 characters
+    with Progress(
+        *columns, console=Console(stderr=True), disable=quiet or not sys.stderr.isatty()
+    ) as progress:
         task = progress.add_task("", total=None)
 
         def watch(training: "Training") -> None:
             told = [f"ep {training.step / training.spec.steps_per_epoch:.1f}"]
             if training.curves is not None:
-                told += ["loss {:.3f} acc {:.3f}".format(*(training.curves[name][-200:].mean() for name in ("loss", "accuracy")))]
+                told += [
+                    "loss {:.3f} acc {:.3f}".format(
+                        *(training.curves[name][-200:].mean() for name in ("loss", "accuracy"))
+                    )
+                ]
             told += ["val {1:.3f} {2:.3f}".format(*training.evaluations[-1])]
             if training.outcome.training_s:
                 told += [f"{training.step / training.outcome.training_s:,.0f} steps/s"]
-            progress.update(task, completed=training.step, total=training.spec.steps, description=" ".join(told))
+            progress.update(
+                task, completed=training.step, total=training.spec.steps, description=" ".join(told)
+            )
 
         yield watch
 
@@ -40,7 +52,11 @@ def run(quiet: bool) -> "Iterator[Callable[[Training], None]]":
 def sweep(quiet: bool, say: Callable[[str], None]) -> "Iterator[Callable[[Standing], None]]":
     """On a terminal the trials that run, the best so far and the time left, live; elsewhere a line for each trial that ends."""
     live = not quiet and sys.stderr.isatty()
-    with Live(console=Console(stderr=True), auto_refresh=False, transient=True) if live else nullcontext() as shown:
+    with (
+        Live(console=Console(stderr=True), auto_refresh=False, transient=True)
+        if live
+        else nullcontext() as shown
+    ):
         pace, told = Pace(), set[int]()
 
         def watch(standing: "Standing") -> None:
@@ -51,7 +67,12 @@ def sweep(quiet: bool, say: Callable[[str], None]) -> "Iterator[Callable[[Standi
                     if number in pace.seen:
                         say(_ended(standing, number))
             if live and shown is not None:
-                shown.update(Group(*map(Text, (summary(standing, pace.left_s(standing)), *_running(standing)))), refresh=True)
+                shown.update(
+                    Group(
+                        *map(Text, (summary(standing, pace.left_s(standing)), *_running(standing)))
+                    ),
+                    refresh=True,
+                )
 
         yield watch
 
@@ -61,7 +82,9 @@ class Pace:
 
     def __init__(self) -> None:
         self.began = time.monotonic()
-        self.seen: dict[int, tuple[int, int]] = {}  # of the trials that ran here: the first step seen, and the last
+        self.seen: dict[
+            int, tuple[int, int]
+        ] = {}  # of the trials that ran here: the first step seen, and the last
 
     def note(self, standing: "Standing") -> None:
         for number, progress in standing.running.items():
@@ -74,8 +97,12 @@ class Pace:
         if not done or not standing.trials:
             return None
         steps = next(iter(standing.trials.values())).resolved.spec.steps
-        waiting = standing.total - len(standing.results) - len(standing.failed) - len(standing.running)
-        left = waiting * steps + sum(steps - (progress.step if progress else 0) for progress in standing.running.values())
+        waiting = (
+            standing.total - len(standing.results) - len(standing.failed) - len(standing.running)
+        )
+        left = waiting * steps + sum(
+            steps - (progress.step if progress else 0) for progress in standing.running.values()
+        )
         return left * (time.monotonic() - self.began) / done
 
 
@@ -83,7 +110,9 @@ def summary(standing: "Standing", left_s: float | None = None) -> str:
     """How a sweep stands, in a line."""
     outcomes = Counter(result.outcome for result in standing.results.values())
     told = [f"{len(standing.results)} of {standing.total} trials are there"]
-    told += [f"{count} of them {outcome}" for outcome, count in outcomes.items() if outcome != "finished"]
+    told += [
+        f"{count} of them {outcome}" for outcome, count in outcomes.items() if outcome != "finished"
+    ]
     told += [f"{len(standing.failed)} failed"] if standing.failed else []
     told += [f"{len(standing.elsewhere)} trained elsewhere"] if standing.elsewhere else []
     if (best := standing.best) is not None:
@@ -112,7 +141,13 @@ def _ended(standing: "Standing", number: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def rows(standing: "Standing") -> list[dict[str, Any]]:
@@ -152,4 +187,6 @@ def ended(outcome: "Outcome", link: str | None) -> "Iterator[str]":
     if outcome.unsynced:
         yield f"not in MLflow yet: {outcome.unsynced}; `fmnist sync` carries it over"
     if link:
-        yield f"run {outcome.run_id}: {link}" + ("" if specs.tracking_server() else "  (after `make ui`)")
+        yield f"run {outcome.run_id}: {link}" + (
+            "" if specs.tracking_server() else "  (after `make ui`)"
+        )

@@ -32,7 +32,10 @@ def findings(root: Path) -> Iterator[Finding]:
     if not faults:
         yield Finding("data: 4 files, SHA-256 as published")
     free = shutil.disk_usage(root).free
-    yield Finding(f"disk: {free / 1e9:.1f} GB free", None if free > FREE_BYTES else "make room: a run of 20 epochs takes 25 MB")
+    yield Finding(
+        f"disk: {free / 1e9:.1f} GB free",
+        None if free > FREE_BYTES else "make room: a run of 20 epochs takes 25 MB",
+    )
     yield from _store(root)
     yield from map(describe, state_folders(root))
     for path in state_folder(root).glob(".*"):
@@ -44,15 +47,33 @@ def _environment(repository: Path) -> Iterator[Finding]:
     lock = repository / "requirements.lock"
     if not lock.exists():
         return
-    pins = set(re.findall(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", lock.read_text(encoding="utf-8"), re.MULTILINE))
+    pins = set(
+        re.findall(
+            r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", lock.read_text(encoding="utf-8"), re.MULTILINE
+        )
+    )
     locked = {name for name, _ in pins}  # some have several pins, for one Python or another
-    installed = {distribution.name.lower().replace("_", "-"): distribution.version for distribution in importlib.metadata.distributions()}
-    wrong = sorted(f"{name} {version}" for name, version in installed.items() if name in locked and (name, version) not in pins)
-    absent = [name for name in ("torch", "mlflow-skinny", "pandas", "matplotlib") if name not in installed]
+    installed = {
+        distribution.name.lower().replace("_", "-"): distribution.version
+        for distribution in importlib.metadata.distributions()
+    }
+    wrong = sorted(
+        f"{name} {version}"
+        for name, version in installed.items()
+        if name in locked and (name, version) not in pins
+    )
+    absent = [
+        name for name in ("torch", "mlflow-skinny", "pandas", "matplotlib") if name not in installed
+    ]
     if wrong or absent:
-        yield Finding(f"environment: not as requirements.lock has it: {', '.join(wrong + absent)}", "make clean setup")
+        yield Finding(
+            f"environment: not as requirements.lock has it: {', '.join(wrong + absent)}",
+            "make clean setup",
+        )
     else:
-        yield Finding(f"environment: {len(locked)} packages, none off its version in requirements.lock")
+        yield Finding(
+            f"environment: {len(locked)} packages, none off its version in requirements.lock"
+        )
 
 
 def _store(root: Path) -> Iterator[Finding]:
@@ -78,7 +99,9 @@ def _store(root: Path) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("store: can't be used", str(error))
     except Exception as error:  # a server has many ways to fail
-        yield Finding("store: can't be used", specs.redacted((str(error) or repr(error)).splitlines()[0]))
+        yield Finding(
+            "store: can't be used", specs.redacted((str(error) or repr(error)).splitlines()[0])
+        )
 
 
 def describe(folder: StateFolder) -> Finding:
@@ -88,10 +111,16 @@ def describe(folder: StateFolder) -> Finding:
     try:
         where = f"at step {step:,} of {folder.spec.steps:,}"
     except (UserError, OSError) as error:
-        return Finding(f"{name}: can't be read: {error}", f"restore its spec.yaml, or give the run up: rm -r {folder.path}")
+        return Finding(
+            f"{name}: can't be read: {error}",
+            f"restore its spec.yaml, or give the run up: rm -r {folder.path}",
+        )
     if folder.running:
         return Finding(f"{name}: being trained by {folder.holder}, {where}")
     if folder.resumable:
-        return Finding(f"{name}: interrupted {where}", f"fmnist run --resume {name}  (or give it up: rm -r {folder.path})")
+        return Finding(
+            f"{name}: interrupted {where}",
+            f"fmnist run --resume {name}  (or give it up: rm -r {folder.path})",
+        )
     trouble = f" ({note['error']})" if note.get("error") else ""
     return Finding(f"{name}: ended, not all of it in MLflow{trouble}", "fmnist sync")

@@ -45,10 +45,14 @@ def device(compute: specs.Compute, precision: str = "float32") -> torch.device:
     """The device a spec asks for, with the thread count set; raises SpecError where there is none that can do it."""
     torch.set_num_threads(compute.threads)
     if compute.device == "cuda" and not torch.cuda.is_available():
-        raise SpecError("compute.device: cuda was asked for and this machine has no usable CUDA device; give cpu or auto")
+        raise SpecError(
+            "compute.device: cuda was asked for and this machine has no usable CUDA device; give cpu or auto"
+        )
     if compute.device == "cpu" or not torch.cuda.is_available():
         if precision == "tf32":
-            raise SpecError("train.precision: tf32 is an arithmetic of CUDA devices and this run is on the CPU; give float32 or bf16")
+            raise SpecError(
+                "train.precision: tf32 is an arithmetic of CUDA devices and this run is on the CPU; give float32 or bf16"
+            )
         return torch.device("cpu")
     return torch.device("cuda")
 
@@ -70,44 +74,91 @@ class Engine:
     def __init__(self, members: Sequence[specs.ExperimentSpec], dataset: data.Dataset) -> None:
         self.specs, self.dataset, self.step = tuple(members), dataset, 0
         if len({spec.shape for spec in members}) != 1:
-            raise ValueError("these specs can't be trained in the same steps: they differ in more than seeds, rates and decays")
-        self.modules = [model.build(spec.model, spec.train.seed).to(dataset.train.images.device) for spec in members]
+            raise ValueError(
+                "these specs can't be trained in the same steps: they differ in more than seeds, rates and decays"
+            )
+        self.modules = [
+            model.build(spec.model, spec.train.seed).to(dataset.train.images.device)
+            for spec in members
+        ]
         shapes = [parameter.shape for parameter in self.modules[0].parameters()]
-        rows = [torch.cat([parameter.detach().flatten() for parameter in module.parameters()]) for module in self.modules]
+        rows = [
+            torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+            for module in self.modules
+        ]
         self.parameters = torch.stack(rows)
         first = next(self.modules[0].parameters())
-        pieces = [piece.numel() for piece in first.chunk(1 if first.is_cuda else -(-first.numel() // PIECE))]
+        pieces = [
+            piece.numel()
+            for piece in first.chunk(1 if first.is_cuda else -(-first.numel() // PIECE))
+        ]
         widths = [*pieces[:-1], pieces[-1] + len(rows[0]) - first.numel()]
         self.update = optim.Update([spec.optimizer for spec in members], self.parameters, widths)
-        views, gradient_views = _views(self.parameters, shapes), _views(self.update.gradients, shapes)
+        views, gradient_views = (
+            _views(self.parameters, shapes),
+            _views(self.update.gradients, shapes),
+        )
         for k, module in enumerate(self.modules):
-            for parameter, view, gradient in zip(module.parameters(), views, gradient_views, strict=True):
-                parameter.data, parameter.grad = view[k], gradient[k]  # the modules and the flat tensors are the same memory
+            for parameter, view, gradient in zip(
+                module.parameters(), views, gradient_views, strict=True
+            ):
+                parameter.data, parameter.grad = (
+                    view[k],
+                    gradient[k],
+                )  # the modules and the flat tensors are the same memory
         self.batch = members[0].train.batch_size
         sizes = {self.batch, len(dataset.train) % self.batch} - {0}
-        self.inputs = {size: self.parameters.new_empty(len(members) * size, specs.PIXELS) for size in sizes}
-        self.passes = {size: self._gradient(x.view(len(members), size, -1), views, gradient_views) for size, x in self.inputs.items()}
+        self.inputs = {
+            size: self.parameters.new_empty(len(members) * size, specs.PIXELS) for size in sizes
+        }
+        self.passes = {
+            size: self._gradient(x.view(len(members), size, -1), views, gradient_views)
+            for size, x in self.inputs.items()
+        }
         self._epoch, self._order = -1, torch.empty(0)
 
     def train(self, stop: int) -> list[Curves]:
         """Do the updates self.step + 1 to `stop`, at least one; nothing reaches the host before the last of them."""
         first = self.step + 1
-        rates = np.stack([optim.learning_rates(spec, np.arange(first, stop + 1)) for spec in self.specs], axis=1)
+        rates = np.stack(
+            [optim.learning_rates(spec, np.arange(first, stop + 1)) for spec in self.specs], axis=1
+        )
         rows, sizes = self._batches(first, stop)
         labels = self.dataset.train.labels[rows]
         logits = self.parameters.new_zeros(*rows.shape, specs.CLASSES)
         targets = functional.one_hot(labels, specs.CLASSES).to(logits.dtype)
-        with self._arithmetic(), torch.inference_mode(self.explicit):  # without autograd's bookkeeping an operation costs 2 us less
+        with (
+            self._arithmetic(),
+            torch.inference_mode(self.explicit),
+        ):  # without autograd's bookkeeping an operation costs 2 us less
             self._steps(rows, sizes, targets, self.update.coefficients(rates, first), logits)
         self.step = stop
         loss, accuracy = _measure(logits, labels, sizes)
         return [Curves(loss[:, k], accuracy[:, k], rates[:, k]) for k in range(len(self.specs))]
 
-    def _steps(self, rows: Tensor, sizes: list[int], targets: Tensor, coefficients: list[tuple[Tensor, ...]], logits: Tensor) -> None:
-        found = zip(rows.flatten(1).unbind(), sizes, targets.unbind(), coefficients, logits.unbind(), strict=True)
+    def _steps(
+        self,
+        rows: Tensor,
+        sizes: list[int],
+        targets: Tensor,
+        coefficients: list[tuple[Tensor, ...]],
+        logits: Tensor,
+    ) -> None:
+        found = zip(
+            rows.flatten(1).unbind(),
+            sizes,
+            targets.unbind(),
+            coefficients,
+            logits.unbind(),
+            strict=True,
+        )
         for row, size, target, numbers, out in found:
             if size < self.batch:
-                row, target, out = row.view(-1, self.batch)[:, :size].flatten(), target[:, :size], out[:, :size]
+                row, target, out = (
+                    row.view(-1, self.batch)[:, :size].flatten(),
+                    target[:, :size],
+                    out[:, :size],
+                )
             torch.index_select(self.dataset.train.images, 0, row, out=self.inputs[size])
             self.update.prepare()
             for block in self.passes[size](target, out):
@@ -118,7 +169,10 @@ class Engine:
         """Loss, accuracy and logits of one model over a whole split."""
         module = self.modules[member].eval()
         with self._arithmetic(), _autocast(self.precision, self.parameters.device):
-            chunks = [module(images.view(-1, 1, 28, 28)) for images in split.images.split(EVALUATION_BATCH)]
+            chunks = [
+                module(images.view(-1, 1, 28, 28))
+                for images in split.images.split(EVALUATION_BATCH)
+            ]
         module.train()
         logits = torch.cat(chunks).float()
         loss = functional.cross_entropy(logits.double(), split.labels).item()
@@ -129,7 +183,11 @@ class Engine:
         """A copy of one model's whole state, on the host."""
         names = optim.buffer_names(self.specs[member].optimizer)
         copied = {name: self.update.buffers[name][member].cpu().clone() for name in names}
-        return {"step": self.step, "parameters": self.parameters[member].cpu().clone(), "buffers": copied}
+        return {
+            "step": self.step,
+            "parameters": self.parameters[member].cpu().clone(),
+            "buffers": copied,
+        }
 
     def load_state(self, state: dict[str, Any], member: int = 0) -> None:
         """Take one model's state over; they must all be of the same step before the next one."""
@@ -167,7 +225,10 @@ class Engine:
         per_epoch, found, sizes = self.specs[0].steps_per_epoch, [], []
         images = len(self.dataset.train)
         for epoch in range((first - 1) // per_epoch, (stop - 1) // per_epoch + 1):
-            begin, end = max(first - 1 - epoch * per_epoch, 0), min(stop - epoch * per_epoch, per_epoch)
+            begin, end = (
+                max(first - 1 - epoch * per_epoch, 0),
+                min(stop - epoch * per_epoch, per_epoch),
+            )
             found.append(self._epoch_batches(epoch)[begin:end])
             sizes += [min(self.batch, images - batch * self.batch) for batch in range(begin, end)]
         return torch.cat(found), sizes
@@ -177,14 +238,23 @@ class Engine:
         if epoch != self._epoch:
             images = len(self.dataset.train)
             order = torch.stack([data.order(images, spec.train.seed, epoch) for spec in self.specs])
-            padded = functional.pad(order, (0, -images % self.batch)).view(len(self.specs), -1, self.batch)
-            self._epoch, self._order = epoch, padded.transpose(0, 1).contiguous().to(self.parameters.device)
+            padded = functional.pad(order, (0, -images % self.batch)).view(
+                len(self.specs), -1, self.batch
+            )
+            self._epoch, self._order = (
+                epoch,
+                padded.transpose(0, 1).contiguous().to(self.parameters.device),
+            )
         return self._order
 
-    def _gradient(self, x: Tensor, parameters: list[Tensor], gradients: list[Tensor]) -> "model.MLPGradient | AutogradGradient":
+    def _gradient(
+        self, x: Tensor, parameters: list[Tensor], gradients: list[Tensor]
+    ) -> "model.MLPGradient | AutogradGradient":
         match self.modules[0]:
             case model.MLP(activation=activation) if self.precision != "bf16":
-                return model.MLPGradient(activation, x, parameters, gradients, self.update.carry, len(self.update.blocks))
+                return model.MLPGradient(
+                    activation, x, parameters, gradients, self.update.carry, len(self.update.blocks)
+                )
             case _:
                 return AutogradGradient(self.modules, x, self.update, self.precision)
 
@@ -192,12 +262,20 @@ class Engine:
 class AutogradGradient:
     """The same contract as MLPGradient, for any nn.Modules whose parameters' .grad are views of the update's; one after the other."""
 
-    def __init__(self, modules: Sequence[nn.Module], x: Tensor, update: optim.Update, precision: str = "float32") -> None:
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        x: Tensor,
+        update: optim.Update,
+        precision: str = "float32",
+    ) -> None:
         self.modules, self.x, self.update, self.precision = modules, x, update, precision
 
     def __call__(self, targets: Tensor, logits: Tensor) -> Iterator[int]:
         with torch.no_grad():  # backward adds to what is there
-            self.update.gradients.mul_(self.update.carry) if self.update.carry else self.update.gradients.zero_()
+            self.update.gradients.mul_(
+                self.update.carry
+            ) if self.update.carry else self.update.gradients.zero_()
         for k, module in enumerate(self.modules):
             with _autocast(self.precision, self.x.device):
                 outputs = module(self.x[k].view(-1, 1, 28, 28))
@@ -208,7 +286,9 @@ class AutogradGradient:
 
 def _autocast(precision: str, device: torch.device) -> torch.autocast:
     """bf16: matrix products of bfloat16 factors; weights, sums and updates stay float32 (torch.autocast)."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
+    )
 
 
 def _views(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
@@ -221,7 +301,9 @@ def _measure(logits: Tensor, labels: Tensor, sizes: list[int]) -> tuple[np.ndarr
     """[S, K] losses and accuracies from the stored logits [S, K, B, C]; images past a step's size are padding and count for nothing."""
     count = torch.tensor(sizes, device=logits.device)[:, None]
     real = (torch.arange(logits.shape[2], device=logits.device) < count)[:, None]
-    losses = functional.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view(labels.shape)
+    losses = functional.cross_entropy(
+        logits.flatten(0, 2), labels.flatten(), reduction="none"
+    ).view(labels.shape)
     loss = (losses * real).sum(2) / count
     accuracy = ((logits.argmax(3) == labels) & real).sum(2) / count
     both = torch.stack([loss, accuracy]).cpu().numpy()

@@ -13,20 +13,47 @@ import torch
 
 from fmnist import __version__, data
 
-BITS = ("device", "threads", "stack", "processor", "torch")  # on another of these, the same arithmetic may round otherwise
+BITS = (
+    "device",
+    "threads",
+    "stack",
+    "processor",
+    "torch",
+)  # on another of these, the same arithmetic may round otherwise
 
 
 def facts(environment: Mapping[str, Any]) -> dict[str, Any]:
     """Of what `collect` found, what may matter for a result."""
-    plain = ("device", "threads", "stack", "processor", "platform", "python", "fmnist", "git_commit", "data_digest")
-    packages = {name: environment.get("packages", {}).get(name) for name in ("torch", "numpy", "scikit-learn")}
+    plain = (
+        "device",
+        "threads",
+        "stack",
+        "processor",
+        "platform",
+        "python",
+        "fmnist",
+        "git_commit",
+        "data_digest",
+    )
+    packages = {
+        name: environment.get("packages", {}).get(name)
+        for name in ("torch", "numpy", "scikit-learn")
+    }
     diff = environment.get("git_diff")
-    return {**{key: environment.get(key) for key in plain}, **packages, "git_diff": diff and hashlib.sha256(diff.encode()).hexdigest()[:8]}
+    return {
+        **{key: environment.get(key) for key in plain},
+        **packages,
+        "git_diff": diff and hashlib.sha256(diff.encode()).hexdigest()[:8],
+    }
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """What differs between the facts of two environments, as 'before -> now'."""
-    return {key: f"{before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value}
+    return {
+        key: f"{before.get(key)} -> {value}"
+        for key, value in now.items()
+        if before.get(key) != value
+    }
 
 
 def collect(command: str, device: torch.device, stack: int = 1) -> dict[str, Any]:
@@ -54,7 +81,9 @@ def collect(command: str, device: torch.device, stack: int = 1) -> dict[str, Any
 def _processor() -> str:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+        return (
+            next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+        )
     return platform.processor()
 
 
@@ -63,6 +92,12 @@ def _git(*arguments: str) -> str | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ["git", *arguments]
         return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, errors="replace", timeout=10, check=True
+            command,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=10,
+            check=True,
         ).stdout
     return None

@@ -8,7 +8,7 @@ import io
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -22,9 +22,19 @@ from fmnist.spec import ExperimentSpec
 MAX_FILE_BYTES, MAX_DEPTH = 100_000, 6
 YAML_TAG = "tag:yaml.org,2002:"
 WHOLE = "whole numbers in decimal, at most 18 digits"
-SCALARS = {"str": "Unicode text", "int": WHOLE, "float": "numbers in decimal", "bool": "true or false", "null": "null"}
+SCALARS = {
+    "str": "Unicode text",
+    "int": WHOLE,
+    "float": "numbers in decimal",
+    "bool": "true or false",
+    "null": "null",
+}
 """The kinds of values that are taken, and what to write."""
-DEFAULT_TYPES = {name: {"type": each.default.type} for name, each in ExperimentSpec.model_fields.items() if hasattr(each.default, "type")}
+DEFAULT_TYPES = {
+    name: {"type": each.default.type}
+    for name, each in ExperimentSpec.model_fields.items()
+    if hasattr(each.default, "type")
+}
 """Of the sections told apart by their `type`."""
 
 Spec = TypeVar("Spec", bound=BaseModel)
@@ -45,14 +55,27 @@ class Resolved:
     @property
     def command(self) -> str:
         """What a shell is told to run this again."""
-        settings = dict.fromkeys(self.origins[path].removeprefix("--set ") for path in self.overridden)
-        return shlex.join(["fmnist", "run", self.file, *(word for setting in settings for word in ("--set", setting))])
+        settings = dict.fromkeys(
+            self.origins[path].removeprefix("--set ") for path in self.overridden
+        )
+        return shlex.join(
+            [
+                "fmnist",
+                "run",
+                self.file,
+                *(word for setting in settings for word in ("--set", setting)),
+            ]
+        )
 
     @property
     def display_name(self) -> str:
         """The spec's name, each overridden leaf that defines the run, and the seed where it isn't the file's own: 'baseline lr=0.01 s3'."""
         flat = self.spec.flat()
-        told = [path for path in self.overridden if path.partition(".")[0] in specs.DEFINING and path != "train.seed"]
+        told = [
+            path
+            for path in self.overridden
+            if path.partition(".")[0] in specs.DEFINING and path != "train.seed"
+        ]
         changes = [f"{path.rpartition('.')[2]}={flat.get(path, 'on')}" for path in told]
         seed = [f"s{self.spec.train.seed}"] if "train.seed" in self.overridden else []
         return " ".join([self.spec.name, *changes, *seed])
@@ -73,10 +96,17 @@ def load(name: str, overrides: Sequence[str] = (), root: Path | None = None) -> 
     origins: Origins = {}
     for values, places in layers:
         for section in _merge(tree, values):  # what was written for another type no longer counts
-            origins = {path: place for path, place in origins.items() if not path.startswith(f"{section}.")}
+            origins = {
+                path: place for path, place in origins.items() if not path.startswith(f"{section}.")
+            }
         origins |= places
     overridden = tuple(path for path, _ in specs.leaves(layers[-1][0]))
-    return Resolved(validate(ExperimentSpec, tree, origins, f"experiments/{name}.yaml"), name, origins, overridden)
+    return Resolved(
+        validate(ExperimentSpec, tree, origins, f"experiments/{name}.yaml"),
+        name,
+        origins,
+        overridden,
+    )
 
 
 def parse(text: str, place: str) -> ExperimentSpec:
@@ -118,7 +148,9 @@ def _file_layers(name: str, folder: Path) -> list[Layer]:
         if not file.is_file():
             known = names(folder.parent)
             there = ", ".join(known) or f"none in {folder}"
-            raise SpecError(f"{place}unknown experiment {parent!r}{nearest(parent, known)}; there are: {there}")
+            raise SpecError(
+                f"{place}unknown experiment {parent!r}{nearest(parent, known)}; there are: {there}"
+            )
         place = f"experiments/{file.name}"
         values, origins = read_file(file, place)
         if chain:  # these two speak of one file only
@@ -135,7 +167,9 @@ def read_file(file: Path, place: str) -> Layer:
     """Plain values and the place of each key path in a file that is called `place`; raises SpecError."""
     try:
         if file.stat().st_size > MAX_FILE_BYTES:
-            raise SpecError(f"{place}: {file.stat().st_size} bytes; an experiment has at most {MAX_FILE_BYTES}")
+            raise SpecError(
+                f"{place}: {file.stat().st_size} bytes; an experiment has at most {MAX_FILE_BYTES}"
+            )
         return read_yaml(file.read_text(encoding="utf-8"), place)
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{place}: can't be read: {error}") from None
@@ -148,9 +182,13 @@ def _override_layer(overrides: Sequence[str]) -> Layer:
         path, equals, text = override.partition("=")
         keys = path.strip().split(".")
         if not equals or not all(keys) or not override.isprintable():
-            raise SpecError(f"--set {_printable(override)}: write key.path=value on one line, as in optimizer.lr=0.01")
+            raise SpecError(
+                f"--set {_printable(override)}: write key.path=value on one line, as in optimizer.lr=0.01"
+            )
         if keys == ["extends"]:
-            raise SpecError(f"--set {override}: only a file can extend an experiment; run the parent itself, or add a file")
+            raise SpecError(
+                f"--set {override}: only a file can extend an experiment; run the parent itself, or add a file"
+            )
         nested = "\n".join(f"{' ' * depth}{json.dumps(key)}:" for depth, key in enumerate(keys))
         written, places = read_yaml(f"{nested} {text}", f"--set {override}", numbered=False)
         _merge(values, written)
@@ -184,7 +222,6 @@ def read_yaml(text: str, place: str, numbered: bool = True) -> Layer:
     The parsed nodes are read as they are, so that nothing is built that the text did not spell out, and every mistake has a line.
     """
     from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
     from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
     yaml: Any = YAML(typ="safe", pure=True)
@@ -196,8 +233,14 @@ def read_yaml(text: str, place: str, numbered: bool = True) -> Layer:
     def plain(node: Any, path: str, depth: int = 0) -> Any:
         here = f"{at(node.start_mark)}: {_printable(path)[:80] or 'spec'}"
         kind = node.tag.removeprefix(YAML_TAG)
-        if node.anchor or depth > MAX_DEPTH or kind not in (SCALARS if isinstance(node, ScalarNode) else ("map", "seq")):
-            raise SpecError(f"{here}: only plain mappings, lists, texts, numbers, true, false and null are taken, up to {MAX_DEPTH} deep")
+        if (
+            node.anchor
+            or depth > MAX_DEPTH
+            or kind not in (SCALARS if isinstance(node, ScalarNode) else ("map", "seq"))
+        ):
+            raise SpecError(
+                f"{here}: only plain mappings, lists, texts, numbers, true, false and null are taken, up to {MAX_DEPTH} deep"
+            )
         if isinstance(node, SequenceNode):
             return [plain(item, path, depth + 1) for item in node.value]
         if isinstance(node, MappingNode):
@@ -207,7 +250,9 @@ def read_yaml(text: str, place: str, numbered: bool = True) -> Layer:
                 below = f"{path}.{key}" if path else key
                 origins[_printable(below)] = at(key_node.start_mark)
                 if key in values:
-                    raise SpecError(f"{at(key_node.start_mark)}: {_printable(below)}: duplicate key; keep one of the two")
+                    raise SpecError(
+                        f"{at(key_node.start_mark)}: {_printable(below)}: duplicate key; keep one of the two"
+                    )
                 values[key] = plain(value_node, below, depth + 1)
             return values
         try:
@@ -216,18 +261,29 @@ def read_yaml(text: str, place: str, numbered: bool = True) -> Layer:
                 raise ValueError
             return yaml.constructor.construct_object(node)
         except (ValueError, KeyError):
-            raise SpecError(f"{here}: given {specs.shorten(node.value)}; write {SCALARS[kind]}") from None
+            raise SpecError(
+                f"{here}: given {specs.shorten(node.value)}; write {SCALARS[kind]}"
+            ) from None
+
+    root = _compose(yaml, text, at)
+    tree = {} if root is None or root.tag == f"{YAML_TAG}null" else plain(root, "")
+    if not isinstance(tree, dict):
+        raise SpecError(
+            f"{place}: given {specs.shorten(tree)}; an experiment is a mapping of sections, as in experiments/baseline.yaml"
+        )
+    return tree, origins
+
+
+def _compose(yaml: Any, text: str, at: Callable[[Any], str]) -> Any:
+    """The root node of a YAML text, or None; raises SpecError where it can't be read."""
+    from ruamel.yaml.error import YAMLError
 
     try:
-        root = yaml.compose(text)
+        return yaml.compose(text)
     except (YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         problem = getattr(error, "problem", None) or str(error) or "nested too deep"
         raise SpecError(f"{at(mark)}: not readable as YAML: {problem.splitlines()[0]}") from None
-    tree = {} if root is None or root.tag == f"{YAML_TAG}null" else plain(root, "")
-    if not isinstance(tree, dict):
-        raise SpecError(f"{place}: given {specs.shorten(tree)}; an experiment is a mapping of sections, as in experiments/baseline.yaml")
-    return tree, origins
 
 
 # ---- messages
@@ -238,7 +294,10 @@ def validate(schema: type[Spec], tree: Mapping[str, Any], origins: Origins, fall
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        lines = (_describe(schema, detail, origins, fallback) for detail in error.errors(include_url=False))
+        lines = (
+            _describe(schema, detail, origins, fallback)
+            for detail in error.errors(include_url=False)
+        )
         raise SpecError("\n".join(dict.fromkeys(lines))) from None
 
 
@@ -249,7 +308,9 @@ def _describe(schema: type[BaseModel], detail: Any, origins: Origins, fallback: 
     match detail["type"]:
         case "value_error":
             text = str(detail["ctx"]["error"])
-            if named := re.match(r"([a-z_]+\.[a-z_]+): ", text):  # a check of the whole spec names the field itself
+            if named := re.match(
+                r"([a-z_]+\.[a-z_]+): ", text
+            ):  # a check of the whole spec names the field itself
                 path, text = named[1], text[named.end() :]
         case "extra_forbidden":
             _, [section] = _locate(schema, detail["loc"][:-1])
@@ -260,9 +321,15 @@ def _describe(schema: type[BaseModel], detail: Any, origins: Origins, fallback: 
             types = [section.model_fields["type"].default for section in sections]
             text = f"given {tag!r}{nearest(str(tag), types)}; allowed: {', '.join(types)}"
         case kind:
-            expected = re.sub("^(Input|String) should ", "", message).replace("be a valid tuple", "be a list")
+            expected = re.sub("^(Input|String) should ", "", message).replace(
+                "be a valid tuple", "be a list"
+            )
             expected = re.sub("be a valid dictionary.*", "be a mapping of fields", expected)
-            hint = nearest(str(given), re.findall(r"'([^']+)'", message)) if kind == "literal_error" else ""
+            hint = (
+                nearest(str(given), re.findall(r"'([^']+)'", message))
+                if kind == "literal_error"
+                else ""
+            )
             text = f"given {specs.shorten(given)}{hint}; it should {expected}"
     written = path
     while written and written not in origins:
@@ -270,7 +337,9 @@ def _describe(schema: type[BaseModel], detail: Any, origins: Origins, fallback: 
     return ": ".join(part for part in (origins.get(written, fallback), path, text) if part)
 
 
-def _locate(schema: type[BaseModel], location: Sequence[int | str]) -> tuple[str, list[type[BaseModel]]]:
+def _locate(
+    schema: type[BaseModel], location: Sequence[int | str]
+) -> tuple[str, list[type[BaseModel]]]:
     """The key path of one of Pydantic's locations, and the sections that may stand there: several where `type` tells them apart."""
     path: list[str] = []
     sections: list[Any] = [schema]
@@ -280,14 +349,22 @@ def _locate(schema: type[BaseModel], location: Sequence[int | str]) -> tuple[str
             path.append(str(part))
             named = False
             continue
-        if len(sections) > 1:  # Pydantic puts the type into the location, and nobody wrote that as a key
-            sections = [section for section in sections if section.model_fields["type"].default == part]
+        if (
+            len(sections) > 1
+        ):  # Pydantic puts the type into the location, and nobody wrote that as a key
+            sections = [
+                section for section in sections if section.model_fields["type"].default == part
+            ]
             continue
         path.append(str(part))
         field = sections[0].model_fields.get(part) if sections else None
         named = field is not None and get_origin(field.annotation) in (dict,)
         options = get_args(field.annotation) or (field.annotation,) if field else ()
-        sections = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        sections = [
+            option
+            for option in options
+            if isinstance(option, type) and issubclass(option, BaseModel)
+        ]
     return _printable(".".join(path)), sections
 
 

@@ -28,10 +28,14 @@ def find(runs: pd.DataFrame, wanted: Sequence[str], root: Path) -> list[Group]:
     found = [_find(everything, runs, text, root) for text in wanted]
     ids = Counter(run_id for group in found for run_id in group.members["run_id"])
     if twice := [group.label for group in found if ids[group.members["run_id"].iloc[0]] > 1]:
-        raise UserError(f"{', '.join(dict.fromkeys(twice))}: named twice; the same runs can't be compared with themselves")
+        raise UserError(
+            f"{', '.join(dict.fromkeys(twice))}: named twice; the same runs can't be compared with themselves"
+        )
     shared = Counter(group.label for group in found)
     return [
-        replace(group, label=f"{group.label} ({group.members['run_id'].iloc[0][:6]})") if shared[group.label] > 1 else group
+        replace(group, label=f"{group.label} ({group.members['run_id'].iloc[0][:6]})")
+        if shared[group.label] > 1
+        else group
         for group in found
     ]
 
@@ -43,8 +47,13 @@ def _find(everything: list[Group], runs: pd.DataFrame, text: str, root: Path) ->
             return of_now[0]
         older = runs[runs["t/experiment"] == text] if "t/experiment" in runs else runs[:0]
         if older.empty:
-            raise UserError(f"{text}: no run of it is finished yet; start some with: make run EXP={text} SEEDS=5")
-        ids = ", ".join(f"{run_id[:8]} ({name})" for run_id, name in zip(older["run_id"], older["name"], strict=True))
+            raise UserError(
+                f"{text}: no run of it is finished yet; start some with: make run EXP={text} SEEDS=5"
+            )
+        ids = ", ".join(
+            f"{run_id[:8]} ({name})"
+            for run_id, name in zip(older["run_id"], older["name"], strict=True)
+        )
         raise UserError(
             f"{text}: no run of what experiments/{text}.yaml says now is finished; of other settings there are {ids}: name those by id,"
             f" or make run EXP={text} SEEDS=5"
@@ -52,13 +61,20 @@ def _find(everything: list[Group], runs: pd.DataFrame, text: str, root: Path) ->
     if named := [group for group in everything if group.label == text or group.key == text]:
         return named[0]
     is_id = len(text) >= LEAST_OF_AN_ID
-    rows = runs[runs["run_id"].map(lambda run_id: is_id and run_id.startswith(text)) | (runs["name"] == text)]
+    rows = runs[
+        runs["run_id"].map(lambda run_id: is_id and run_id.startswith(text))
+        | (runs["name"] == text)
+    ]
     if len(rows) == 1:
         if compare.groups(rows):
             return alone(runs, rows["run_id"].iloc[0])
-        raise UserError(f"{text!r} is run {rows['run_id'].iloc[0]}, which is {rows['status'].iloc[0]}: it has no result to compare")
+        raise UserError(
+            f"{text!r} is run {rows['run_id'].iloc[0]}, which is {rows['status'].iloc[0]}: it has no result to compare"
+        )
     known = ", ".join(group.label for group in everything) or "none"
-    raise UserError(f"{text!r} fits {len(rows)} runs; give an experiment, the start of a run's id (4 letters or more), or a group: {known}")
+    raise UserError(
+        f"{text!r} fits {len(rows)} runs; give an experiment, the start of a run's id (4 letters or more), or a group: {known}"
+    )
 
 
 def alone(runs: pd.DataFrame, run_id: str) -> Group:
@@ -83,7 +99,11 @@ def write(store: Store, key: str | None = None) -> None:
     for _, there in runs.groupby("experiment_id"):
         for group in compare.groups(there):
             made_from = hashlib.sha256(" ".join(group.members["run_id"]).encode()).hexdigest()
-            before = store.derived(group.members["experiment_id"].iloc[0], "group", group.key) if group.n > 1 else {}
+            before = (
+                store.derived(group.members["experiment_id"].iloc[0], "group", group.key)
+                if group.n > 1
+                else {}
+            )
             if group.n > 1 and [*before.values()] != [made_from]:
                 _write(store, group, made_from)
 
@@ -94,11 +114,30 @@ def _write(store: Store, group: Group, made_from: str) -> None:
     members = group.members
     curves = [store.curves(run_id) for run_id in group.finished["run_id"]]
     parameters = members.filter(regex="^p/").rename(columns=lambda column: column[2:])
-    shared = {str(path): values.iloc[0] for path, values in parameters.items() if values.nunique() == 1}
-    told = {name: list(members.get(f"t/{name}", pd.Series(dtype=object)).dropna()) for name in ("experiment", "question", "command")}
-    command = [f"{re.sub(' --set train.seed=[0-9]+', '', text)} --seeds {','.join(map(str, group.seeds))}," for text in told["command"][:1]]
-    note = [*told["question"][:1], "", *_in_words(group), "", *(f"Repeat: `{text}`" for text in command)]
-    tags = {"experiment": told["experiment"][0], "command": "".join(command), "n": group.size, "seeds": ", ".join(map(str, group.seeds))}
+    shared = {
+        str(path): values.iloc[0] for path, values in parameters.items() if values.nunique() == 1
+    }
+    told = {
+        name: list(members.get(f"t/{name}", pd.Series(dtype=object)).dropna())
+        for name in ("experiment", "question", "command")
+    }
+    command = [
+        f"{re.sub(' --set train.seed=[0-9]+', '', text)} --seeds {','.join(map(str, group.seeds))},"
+        for text in told["command"][:1]
+    ]
+    note = [
+        *told["question"][:1],
+        "",
+        *_in_words(group),
+        "",
+        *(f"Repeat: `{text}`" for text in command),
+    ]
+    tags = {
+        "experiment": told["experiment"][0],
+        "command": "".join(command),
+        "n": group.size,
+        "seeds": ", ".join(map(str, group.seeds)),
+    }
     tags["outcome"] = "diverged" if group.finished.empty else "finished"
     with tempfile.TemporaryDirectory(prefix="fmnist-") as folder:
         figures = Path(folder) / "figures"
@@ -117,14 +156,28 @@ def _points(group: Group, by_step: pd.DataFrame) -> Iterator[Point]:
     """Means and standard deviations at each evaluation, and of the results at the end."""
     ended = int(group.members["end"].max())
     for key, column in by_step.items():
-        yield from (Point(str(key), float(value), ended, step) for step, value in zip(column.index, column, strict=True) if value == value)
-    results = group.finished.filter(regex="^m/(last/|test/|best/val)").rename(columns=lambda column: column[2:])
+        yield from (
+            Point(str(key), float(value), ended, step)
+            for step, value in zip(column.index, column, strict=True)
+            if value == value
+        )
+    results = group.finished.filter(regex="^m/(last/|test/|best/val)").rename(
+        columns=lambda column: column[2:]
+    )
     for values in (results.mean(), results.std().add_suffix("_std")):
-        yield from (Point(str(key), float(value), ended, 0) for key, value in values.dropna().items())
+        yield from (
+            Point(str(key), float(value), ended, 0) for key, value in values.dropna().items()
+        )
 
 
 def _in_words(group: Group) -> list[str]:
     accuracy, loss = group.stated(), group.stated("last/val_loss")
-    lines = [f"Validation accuracy after the last step {accuracy}, loss {loss}, mean ± standard deviation over seeds."]
-    lines += [f"Seeds {', '.join(map(str, group.diverged))} diverged: no mean holds them."] if group.diverged else []
+    lines = [
+        f"Validation accuracy after the last step {accuracy}, loss {loss}, mean ± standard deviation over seeds."
+    ]
+    lines += (
+        [f"Seeds {', '.join(map(str, group.diverged))} diverged: no mean holds them."]
+        if group.diverged
+        else []
+    )
     return [*lines, *group.warnings]

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 MAGIC = b"FMJ1"
 HEAD = struct.Struct("<4sII")
 # What a `train` record holds for each of its steps, in this order.
-ARRAYS: dict[str, np.dtype[Any]] = {"loss": np.dtype("<f4"), "accuracy": np.dtype("<f4"), "lr": np.dtype("<f8")}
+ARRAYS: dict[str, np.dtype[Any]] = {
+    "loss": np.dtype("<f4"),
+    "accuracy": np.dtype("<f4"),
+    "lr": np.dtype("<f8"),
+}
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,19 @@ class Recorded:
 
     def __init__(self, records: Sequence[Record]) -> None:
         trained = [record.arrays for record in records if record.kind == "train"]
-        self.arrays = {name: np.concatenate([np.empty(0, dtype), *(arrays[name] for arrays in trained)]) for name, dtype in ARRAYS.items()}
+        self.arrays = {
+            name: np.concatenate([np.empty(0, dtype), *(arrays[name] for arrays in trained)])
+            for name, dtype in ARRAYS.items()
+        }
         self.last = len(self.arrays["loss"])  # the last step on record
-        self.evaluations = {record.fields["step"]: record.fields for record in records if record.kind == "evaluation"}
-        self.metrics: dict[str, float] | None = next((record.fields["metrics"] for record in records if record.kind == "final"), None)
+        self.evaluations = {
+            record.fields["step"]: record.fields
+            for record in records
+            if record.kind == "evaluation"
+        }
+        self.metrics: dict[str, float] | None = next(
+            (record.fields["metrics"] for record in records if record.kind == "final"), None
+        )
 
     def unequal_steps(self, first: int, arrays: dict[str, np.ndarray]) -> list[Unequal]:
         """Where the steps from `first` on differ from those on record; NaN equals NaN."""
@@ -77,13 +90,22 @@ class Recorded:
             computed = arrays[name][: len(recorded)].astype(dtype)
             bits, no_number = f"i{dtype.itemsize}", np.isnan(recorded) & np.isnan(computed)
             rows = np.flatnonzero((recorded.view(bits) != computed.view(bits)) & ~no_number)
-            found += [Unequal(first + int(row), f"train/{name}", float(recorded[row]), float(computed[row])) for row in rows]
+            found += [
+                Unequal(
+                    first + int(row), f"train/{name}", float(recorded[row]), float(computed[row])
+                )
+                for row in rows
+            ]
         return found
 
 
 def unequal_values(step: int, recorded: dict[str, Any], computed: dict[str, Any]) -> list[Unequal]:
     """Where values with these names differ; NaN equals NaN."""
-    return [Unequal(step, key, recorded[key], value) for key, value in computed.items() if repr(recorded[key]) != repr(value)]
+    return [
+        Unequal(step, key, recorded[key], value)
+        for key, value in computed.items()
+        if repr(recorded[key]) != repr(value)
+    ]
 
 
 def encode(record: Record) -> bytes:
@@ -127,7 +149,9 @@ def step_times(record: Record) -> np.ndarray:
     """[S] milliseconds since the epoch at which each step of a train record ended, interpolated within it."""
     count = record.fields["count"]
     duration = record.fields["t1"] - record.fields["t0"]
-    times: np.ndarray = record.fields["t0"] + np.arange(1, count + 1, dtype=np.int64) * duration // count
+    times: np.ndarray = (
+        record.fields["t0"] + np.arange(1, count + 1, dtype=np.int64) * duration // count
+    )
     return times
 
 
@@ -141,9 +165,19 @@ def points(spec: specs.ExperimentSpec, record: Record) -> Iterator[Point]:
             wanted = spec.logged_steps(first + fields["count"] - 1)
             for step in wanted[max(0, -(-first // wanted.step) - 1) :]:
                 for name in ("loss", "accuracy"):
-                    yield Point(f"train/{name}", float(record.arrays[name][step - first]), int(times[step - first]), step)
+                    yield Point(
+                        f"train/{name}",
+                        float(record.arrays[name][step - first]),
+                        int(times[step - first]),
+                        step,
+                    )
         case "evaluation":
-            for key in ("val/accuracy", "val/loss", "train/lr", "epoch"):  # MLflow compares by the first one
+            for key in (
+                "val/accuracy",
+                "val/loss",
+                "train/lr",
+                "epoch",
+            ):  # MLflow compares by the first one
                 if fields[key] is not None:
                     yield Point(key, fields[key], fields["t"], fields["step"])
         case "final":
@@ -160,15 +194,21 @@ def in_words(results: Mapping[str, Any]) -> list[str]:
         f" best accuracy {metrics['best/val_accuracy']:.4f} at step {metrics['best/step']:,.0f}."
     ]
     if "test/accuracy" in metrics:
-        lines += [f"Test accuracy {metrics['test/accuracy']:.4f}, loss {metrics['test/loss']:.4f}, read once, at the end."]
+        lines += [
+            f"Test accuracy {metrics['test/accuracy']:.4f}, loss {metrics['test/loss']:.4f}, read once, at the end."
+        ]
     else:
-        lines += ["Validation is the test set here (data.holdout: null): don't choose by it what you then report on it."]
+        lines += [
+            "Validation is the test set here (data.holdout: null): don't choose by it what you then report on it."
+        ]
     if (step := results["stopped_early_at"]) is not None:
         lines += [f"Stopped early at step {step:,}."]
     if (step := results.get("pruned_at")) is not None:
         lines += [f"Pruned at step {step:,}: a search saw that others were better by then."]
     if (step := results["collapsed_at"]) is not None:
-        lines += [f"COLLAPSED: by step {step:,} it only guesses (loss about ln 10, accuracy about 0.1); try a smaller optimizer.lr."]
+        lines += [
+            f"COLLAPSED: by step {step:,} it only guesses (loss about ln 10, accuracy about 0.1); try a smaller optimizer.lr."
+        ]
     return lines
 
 
@@ -192,15 +232,25 @@ def curves(spec: specs.ExperimentSpec, records: list[Record]) -> "pd.DataFrame":
     trained = [record.fields for record in records if record.kind == "train"]
     ends = [0, *(fields["first"] + fields["count"] - 1 for fields in trained)]
     seconds = np.interp(steps, ends, [0.0, *(fields["elapsed_s"] for fields in trained)])
-    train = pd.DataFrame({"step": steps, "elapsed_s": seconds, **{f"train/{name}": array for name, array in recorded.arrays.items()}})
-    val = pd.DataFrame(list(recorded.evaluations.values()), columns=["step", "val/loss", "val/accuracy"])
+    train = pd.DataFrame(
+        {
+            "step": steps,
+            "elapsed_s": seconds,
+            **{f"train/{name}": array for name, array in recorded.arrays.items()},
+        }
+    )
+    val = pd.DataFrame(
+        list(recorded.evaluations.values()), columns=["step", "val/loss", "val/accuracy"]
+    )
     val = val.astype({"step": int, "val/loss": float, "val/accuracy": float})
     frame = train.merge(val, on="step", how="outer").sort_values("step", ignore_index=True)
     frame.insert(1, "epoch", frame["step"] / spec.steps_per_epoch)
     return frame
 
 
-def from_curves(spec: specs.ExperimentSpec, frame: "pd.DataFrame", last: int, ended_ms: int) -> list[Record]:
+def from_curves(
+    spec: specs.ExperimentSpec, frame: "pd.DataFrame", last: int, ended_ms: int
+) -> list[Record]:
     """The records of the first `last` steps of a run's `curves`, cut and evaluated as this spec's plan has it."""
     rows = frame.set_index("step")
     elapsed_s = rows["elapsed_s"].fillna(0.0)
@@ -210,11 +260,23 @@ def from_curves(spec: specs.ExperimentSpec, frame: "pd.DataFrame", last: int, en
         start, stop = segment.start, min(segment.stop, last)
         if stop > start:
             steps = rows.loc[start + 1 : stop]
-            arrays = {name: steps[f"train/{name}"].to_numpy(dtype) for name, dtype in ARRAYS.items()}
-            fields = {"first": start + 1, "count": stop - start, "t0": int(times[start]), "t1": int(times[stop])}
+            arrays = {
+                name: steps[f"train/{name}"].to_numpy(dtype) for name, dtype in ARRAYS.items()
+            }
+            fields = {
+                "first": start + 1,
+                "count": stop - start,
+                "t0": int(times[start]),
+                "t1": int(times[stop]),
+            }
             records.append(Record("train", {**fields, "elapsed_s": float(elapsed_s[stop])}, arrays))
         if segment.evaluate and segment.stop <= last and not np.isnan(rows["val/accuracy"][stop]):
-            measured: dict[str, Any] = {key: float(rows[key][stop]) for key in ("val/loss", "val/accuracy", "train/lr")}
-            measured |= {"epoch": stop / spec.steps_per_epoch, **({} if stop else {"train/lr": None})}
+            measured: dict[str, Any] = {
+                key: float(rows[key][stop]) for key in ("val/loss", "val/accuracy", "train/lr")
+            }
+            measured |= {
+                "epoch": stop / spec.steps_per_epoch,
+                **({} if stop else {"train/lr": None}),
+            }
             records.append(Record("evaluation", {"t": int(times[stop]), "step": stop, **measured}))
     return records

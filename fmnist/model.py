@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from fmnist import spec as specs
 
 aten = torch.ops.aten
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
 
 
 class MLP(nn.Module):
@@ -50,7 +54,9 @@ class Servable(nn.Module):
         self.shift, self.scale = shift, scale
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.softmax(self.network(((images.float() - self.shift) * self.scale).unsqueeze(1)), dim=1)
+        return torch.softmax(
+            self.network(((images.float() - self.shift) * self.scale).unsqueeze(1)), dim=1
+        )
 
 
 class MLPGradient:
@@ -62,18 +68,43 @@ class MLPGradient:
     A gradient is added to `carry` times what is there. The first layer's, the largest, is made in `pieces`, which stay in a processor's cache.
     """
 
-    def __init__(self, activation: str, x: Tensor, parameters: list[Tensor], gradients: list[Tensor], carry: float, pieces: int) -> None:
-        self.weights, self.biases = parameters[::2], [bias.unsqueeze(2) for bias in parameters[1::2]]
-        self.weight_gradients, self.bias_gradients = gradients[::2], [gradient.unsqueeze(2) for gradient in gradients[1::2]]
+    def __init__(
+        self,
+        activation: str,
+        x: Tensor,
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        carry: float,
+        pieces: int,
+    ) -> None:
+        self.weights, self.biases = (
+            parameters[::2],
+            [bias.unsqueeze(2) for bias in parameters[1::2]],
+        )
+        self.weight_gradients, self.bias_gradients = (
+            gradients[::2],
+            [gradient.unsqueeze(2) for gradient in gradients[1::2]],
+        )
         models, batch, _ = x.shape
         self.ones, self.factors = x.new_ones(models, batch, 1), {"beta": carry, "alpha": 1 / batch}
         self.output_error = x.new_empty(models, batch, specs.CLASSES)
-        self.errors = [x.new_empty(models, weight.shape[1], batch) for weight in self.weights[:-1]] + [self.output_error.mT]
+        self.errors = [
+            x.new_empty(models, weight.shape[1], batch) for weight in self.weights[:-1]
+        ] + [self.output_error.mT]
         self.hidden = [torch.empty_like(error) for error in self.errors[:-1]]
         # views are made once: to make one costs a tenth of a small product
         self.layers, self.rows = [x.mT, *self.hidden], [x, *(hidden.mT for hidden in self.hidden)]
-        self.output_bias, self.transposed = self.biases[-1].mT, [weight.mT for weight in self.weights]
-        self.pieces = [*zip(self.weight_gradients[0].chunk(pieces, 1), self.errors[0].chunk(pieces, 1), strict=True)]
+        self.output_bias, self.transposed = (
+            self.biases[-1].mT,
+            [weight.mT for weight in self.weights],
+        )
+        self.pieces = [
+            *zip(
+                self.weight_gradients[0].chunk(pieces, 1),
+                self.errors[0].chunk(pieces, 1),
+                strict=True,
+            )
+        ]
         self.activate, self.backward = _IN_PLACE[activation]
 
     def __call__(self, targets: Tensor, logits: Tensor) -> Iterator[int]:
@@ -82,7 +113,11 @@ class MLPGradient:
         Yields the index of each piece of the first layer's gradient as it is done, the last first; with that, those of the layers above are.
         """
         for layer, hidden in enumerate(self.hidden):
-            self.activate(torch.baddbmm(self.biases[layer], self.weights[layer], self.layers[layer], out=hidden))
+            self.activate(
+                torch.baddbmm(
+                    self.biases[layer], self.weights[layer], self.layers[layer], out=hidden
+                )
+            )
         torch.baddbmm(self.output_bias, self.rows[-1], self.transposed[-1], out=logits)
         torch.softmax(logits, -1, out=self.output_error).sub_(targets)
         for layer in range(len(self.weights) - 1, -1, -1):
@@ -100,7 +135,18 @@ class MLPGradient:
 
 # Each activation in place, and its derivative as a function of its own output, with which it multiplies an error in place.
 _IN_PLACE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "relu": (torch.relu_, lambda error, output: aten.threshold_backward.grad_input(error, output, 0, grad_input=error)),
-    "tanh": (torch.tanh_, lambda error, output: aten.tanh_backward.grad_input(error, output, grad_input=error)),
-    "sigmoid": (torch.sigmoid_, lambda error, output: aten.sigmoid_backward.grad_input(error, output, grad_input=error)),
+    "relu": (
+        torch.relu_,
+        lambda error, output: aten.threshold_backward.grad_input(
+            error, output, 0, grad_input=error
+        ),
+    ),
+    "tanh": (
+        torch.tanh_,
+        lambda error, output: aten.tanh_backward.grad_input(error, output, grad_input=error),
+    ),
+    "sigmoid": (
+        torch.sigmoid_,
+        lambda error, output: aten.sigmoid_backward.grad_input(error, output, grad_input=error),
+    ),
 }

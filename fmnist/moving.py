@@ -32,7 +32,9 @@ def move(here: Store, there: Store) -> Iterator[Moved]:
 
     What breaks off is begun again by the next call. Raises StoreError where the server can't be used at all.
     """
-    names = {experiment.experiment_id: experiment.name for experiment in here.client.search_experiments()}
+    names = {
+        experiment.experiment_id: experiment.name for experiment in here.client.search_experiments()
+    }
     moved: dict[str, str] = {}
     for run in _runs(here, list(names)):
         if run.data.tags.get("kind") == "group" or run.info.status == "RUNNING":
@@ -41,7 +43,9 @@ def move(here: Store, there: Store) -> Iterator[Moved]:
             found = _move_run(here, there, run, names[run.info.experiment_id])
             moved[found.run_id] = found.there or ""
         except Exception as error:  # one run's trouble is not the others'
-            found = Moved(run.info.run_id, run.info.run_name, None, 0, 0, " ".join(str(error).split())[:300])
+            found = Moved(
+                run.info.run_id, run.info.run_name, None, 0, 0, " ".join(str(error).split())[:300]
+            )
         yield found
     _move_registry(here, there, moved)
     groups.write(there)
@@ -50,7 +54,9 @@ def move(here: Store, there: Store) -> Iterator[Moved]:
 def _runs(store: Store, ids: list[str], query: str = "") -> Iterator[Any]:
     page = None
     while page is None or page.token:
-        page = store.client.search_runs(ids, query, order_by=["attributes.start_time"], page_token=page and page.token)
+        page = store.client.search_runs(
+            ids, query, order_by=["attributes.start_time"], page_token=page and page.token
+        )
         yield from page
 
 
@@ -60,16 +66,26 @@ def _move_run(here: Store, there: Store, run: Any, experiment: str) -> Moved:
         if earlier.data.tags.get(WHOLE):
             return _compared(here, there, run, earlier.info.run_id)
         there.client.delete_run(earlier.info.run_id)
-    tags = {key: value for key, value in run.data.tags.items() if key not in LEFT} | {ORIGIN: run.info.run_id}
-    run_id = there.client.create_run(target, run.info.start_time, tags, run.info.run_name).info.run_id
-    there.client.log_batch(run_id, params=[there.entities.Param(key, value) for key, value in run.data.params.items()])
+    tags = {key: value for key, value in run.data.tags.items() if key not in LEFT} | {
+        ORIGIN: run.info.run_id
+    }
+    run_id = there.client.create_run(
+        target, run.info.start_time, tags, run.info.run_name
+    ).info.run_id
+    there.client.log_batch(
+        run_id, params=[there.entities.Param(key, value) for key, value in run.data.params.items()]
+    )
     for key in run.data.metrics:
         history = here.client.get_metric_history(run.info.run_id, key)
-        there.log_points(run_id, (Point(key, point.value, point.timestamp, point.step) for point in history))
+        there.log_points(
+            run_id, (Point(key, point.value, point.timestamp, point.step) for point in history)
+        )
     there.client.log_inputs(run_id, run.inputs.dataset_inputs)
     with tempfile.TemporaryDirectory(prefix="fmnist-") as folder:
         if here.client.list_artifacts(run.info.run_id):
-            there.client.log_artifacts(run_id, str(here.download(run.info.run_id, "", Path(folder))))
+            there.client.log_artifacts(
+                run_id, str(here.download(run.info.run_id, "", Path(folder)))
+            )
     for output in run.outputs.model_outputs if run.outputs else ():
         model_id = _move_model(here, there, output.model_id, target, run_id)
         there.client.log_outputs(run_id, [there.entities.LoggedModelOutput(model_id, output.step)])
@@ -83,12 +99,19 @@ def _move_run(here: Store, there: Store, run: Any, experiment: str) -> Moved:
 def _move_model(here: Store, there: Store, model_id: str, experiment_id: str, run_id: str) -> str:
     """Copy a logged model; its new id."""
     model = here.client.get_logged_model(model_id)
-    new = there.client.create_logged_model(experiment_id, model.name, run_id, None, model.params, model.model_type)
+    new = there.client.create_logged_model(
+        experiment_id, model.name, run_id, None, model.params, model.model_type
+    )
     with tempfile.TemporaryDirectory(prefix="fmnist-") as scratch:
         folder = here.model_files(model_id, Path(scratch))
         described = folder / "MLmodel"
-        text = described.read_text(encoding="utf-8").replace(model.artifact_location, new.artifact_location)
-        described.write_text(text.replace(model_id, new.model_id).replace(model.source_run_id, run_id), encoding="utf-8")
+        text = described.read_text(encoding="utf-8").replace(
+            model.artifact_location, new.artifact_location
+        )
+        described.write_text(
+            text.replace(model_id, new.model_id).replace(model.source_run_id, run_id),
+            encoding="utf-8",
+        )
         there.client.log_model_artifacts(new.model_id, str(folder))
     there.client.finalize_logged_model(new.model_id, "READY")
     return str(new.model_id)
@@ -99,9 +122,24 @@ def _compared(here: Store, there: Store, run: Any, run_id: str) -> Moved:
     keys = list(run.data.metrics)
     points, expected = there.count(run_id, keys), here.count(run.info.run_id, keys)
     files, wanted = _files(there, run_id), _files(here, run.info.run_id)
-    wrong = [f"{key}: {points[key]} points of {expected[key]}" for key in keys if points[key] != expected[key]]
-    wrong += [f"{path}: {files.get(path, 'no')} bytes of {size}" for path, size in wanted.items() if files.get(path) != size]
-    return Moved(run.info.run_id, run.info.run_name, run_id, sum(points.values()), len(files), "; ".join(wrong) or None)
+    wrong = [
+        f"{key}: {points[key]} points of {expected[key]}"
+        for key in keys
+        if points[key] != expected[key]
+    ]
+    wrong += [
+        f"{path}: {files.get(path, 'no')} bytes of {size}"
+        for path, size in wanted.items()
+        if files.get(path) != size
+    ]
+    return Moved(
+        run.info.run_id,
+        run.info.run_name,
+        run_id,
+        sum(points.values()),
+        len(files),
+        "; ".join(wrong) or None,
+    )
 
 
 def _files(store: Store, run_id: str, path: str | None = None) -> dict[str, int]:
@@ -115,11 +153,24 @@ def _files(store: Store, run_id: str, path: str | None = None) -> dict[str, int]
 def _move_registry(here: Store, there: Store, moved: dict[str, str]) -> None:
     """Register what is registered here, version by version, and point the champion at the same."""
     champion = here.champion()
-    for version in sorted(here.client.search_model_versions(f"name = '{REGISTERED}'"), key=lambda each: int(each.version)):
-        if any(each.tags.get(ORIGIN) == version.run_id for each in there.client.search_model_versions(f"name = '{REGISTERED}'")):
+    for version in sorted(
+        here.client.search_model_versions(f"name = '{REGISTERED}'"),
+        key=lambda each: int(each.version),
+    ):
+        if any(
+            each.tags.get(ORIGIN) == version.run_id
+            for each in there.client.search_model_versions(f"name = '{REGISTERED}'")
+        ):
             continue
         if not moved.get(version.run_id):
-            raise StoreError(f"version {version.version} of {REGISTERED}: its run {version.run_id} is not there; mend that and sync again")
-        made = there.register(moved[version.run_id], version.description or "", {**version.tags, ORIGIN: version.run_id}, champion=False)
+            raise StoreError(
+                f"version {version.version} of {REGISTERED}: its run {version.run_id} is not there; mend that and sync again"
+            )
+        made = there.register(
+            moved[version.run_id],
+            version.description or "",
+            {**version.tags, ORIGIN: version.run_id},
+            champion=False,
+        )
         if champion and champion.version == version.version:
             there.make_champion(str(made))

@@ -25,23 +25,33 @@ class Update:
     but SGD's velocity, `gradients` are the velocity: the matrix product that makes the gradient adds it, which saves a pass.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], parameters: Tensor, widths: list[int]) -> None:
+    def __init__(
+        self, optimizers: Sequence[Optimizer], parameters: Tensor, widths: list[int]
+    ) -> None:
         self.optimizers, self.parameters = optimizers, parameters
         names = {name for optimizer in optimizers for name in buffer_names(optimizer)}
         self.buffers = {name: torch.zeros_like(parameters) for name in sorted(names)}
         self.decays = any(optimizer.weight_decay for optimizer in optimizers)
         self.decay = self._column([optimizer.weight_decay for optimizer in optimizers])
         momenta = [getattr(optimizer, "momentum", 0.0) for optimizer in optimizers]
-        self.momentum, self.nesterov = self._column(momenta), getattr(optimizers[0], "nesterov", False)
+        self.momentum, self.nesterov = (
+            self._column(momenta),
+            getattr(optimizers[0], "nesterov", False),
+        )
         adds = "momentum" in self.buffers and not self.nesterov
         self.gradients = self.buffers["momentum"] if adds else torch.zeros_like(parameters)
         self.mixes = adds and (self.decays or len(set(momenta)) > 1)
         self.carry = momenta[0] if adds and not self.mixes else float(adds)
-        self._rule: Callable[..., None] = Update._sgd  # chosen once; unbound, as that circle would keep the tensors
+        self._rule: Callable[..., None] = (
+            Update._sgd
+        )  # chosen once; unbound, as that circle would keep the tensors
         if isinstance(optimizer := optimizers[0], specs.Adam | specs.AdamW):
             self._rule, self.betas, self.eps = Update._adam, optimizer.betas, optimizer.eps
         whole = {"parameters": parameters, "gradients": self.gradients, **self.buffers}
-        self.blocks = [dict(zip(whole, parts, strict=True)) for parts in zip(*(t.split(widths, 1) for t in whole.values()), strict=True)]
+        self.blocks = [
+            dict(zip(whole, parts, strict=True))
+            for parts in zip(*(t.split(widths, 1) for t in whole.values()), strict=True)
+        ]
 
     def prepare(self) -> None:
         """What has to be done before the gradient: all that a matrix product can't, which multiplies by one number."""
@@ -52,7 +62,13 @@ class Update:
         """One update of a block of columns, with a step's `coefficients`."""
         self._rule(self, **self.blocks[block], coefficients=coefficients)
 
-    def _sgd(self, parameters: Tensor, gradients: Tensor, coefficients: Sequence[Tensor], momentum: Tensor | None = None) -> None:
+    def _sgd(
+        self,
+        parameters: Tensor,
+        gradients: Tensor,
+        coefficients: Sequence[Tensor],
+        momentum: Tensor | None = None,
+    ) -> None:
         if self.decays and not self.mixes:
             gradients.addcmul_(parameters, self.decay)
         if self.nesterov and momentum is not None:
@@ -60,7 +76,14 @@ class Update:
             gradients.addcmul_(momentum, self.momentum)
         parameters.addcmul_(gradients, coefficients[0], value=-1)
 
-    def _adam(self, parameters: Tensor, gradients: Tensor, mean: Tensor, square: Tensor, coefficients: Sequence[Tensor]) -> None:
+    def _adam(
+        self,
+        parameters: Tensor,
+        gradients: Tensor,
+        mean: Tensor,
+        square: Tensor,
+        coefficients: Sequence[Tensor],
+    ) -> None:
         if len(coefficients) > 2:  # AdamW's decay
             parameters.mul_(coefficients[2])
         elif self.decays:
@@ -75,10 +98,15 @@ class Update:
         columns = [rates]
         if isinstance(optimizer := self.optimizers[0], specs.Adam | specs.AdamW):
             steps = np.arange(first, first + len(rates))[:, None]
-            columns = [rates / (1 - optimizer.betas[0] ** steps), np.sqrt(1 - optimizer.betas[1] ** steps) + 0 * rates]
+            columns = [
+                rates / (1 - optimizer.betas[0] ** steps),
+                np.sqrt(1 - optimizer.betas[1] ** steps) + 0 * rates,
+            ]
         if isinstance(optimizer, specs.AdamW):
             columns += [1 - rates * np.array([each.weight_decay for each in self.optimizers])]
-        table = torch.from_numpy(np.stack(columns, axis=1)[..., None]).to(self.parameters)  # [S, columns, K, 1]
+        table = torch.from_numpy(np.stack(columns, axis=1)[..., None]).to(
+            self.parameters
+        )  # [S, columns, K, 1]
         return [step.unbind() for step in table.unbind()]
 
     def _column(self, values: list[float]) -> Tensor:

@@ -39,16 +39,36 @@ TITLES = {
 }
 AXES = {"step": "step", "epoch": "epoch", "examples": "examples", "seconds": "elapsed_s"}
 """What curves are drawn by, and the column it is in."""
-CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 
 
-def learning_curves(frame: pd.DataFrame, title: str, steps_per_epoch: int, best_step: int | None) -> Figure:
+def learning_curves(
+    frame: pd.DataFrame, title: str, steps_per_epoch: int, best_step: int | None
+) -> Figure:
     """Loss and accuracy by step, training and validation, of one run's curves (journal.curves)."""
     figure = Figure(figsize=(12, 5), dpi=DPI)
-    figure.subplots_adjust(left=0.06, right=0.985, bottom=0.1, top=0.83, wspace=0.16)  # a layout engine draws everything twice
+    figure.subplots_adjust(
+        left=0.06, right=0.985, bottom=0.1, top=0.83, wspace=0.16
+    )  # a layout engine draws everything twice
     figure.suptitle(title)
     by_step = frame.set_index("step")
-    for axes, name, unit in zip(figure.subplots(1, 2), ("loss", "accuracy"), ("cross-entropy, nats", "fraction"), strict=True):
+    for axes, name, unit in zip(
+        figure.subplots(1, 2),
+        ("loss", "accuracy"),
+        ("cross-entropy, nats", "fraction"),
+        strict=True,
+    ):
         train, val = by_step[f"train/{name}"].dropna(), by_step[f"val/{name}"].dropna()
         window = max(1, len(train) // SMOOTHING)
         smooth = _smoothed(train, window)
@@ -56,12 +76,26 @@ def learning_curves(frame: pd.DataFrame, title: str, steps_per_epoch: int, best_
         axes.plot(_thinned(smooth), color=TRAIN, label=f"train, mean of {window} steps")
         axes.plot(val, color=VALIDATION, marker="o", markersize=3, label="validation")
         if best_step is not None and best_step in val.index:
-            star = {"color": VALIDATION, "marker": "*", "markersize": 13, "markeredgecolor": "black", "linestyle": "none"}
-            axes.plot(best_step, val[best_step], **star, label=f"best: {val[best_step]:.4f} at step {best_step:,}")
+            star = {
+                "color": VALIDATION,
+                "marker": "*",
+                "markersize": 13,
+                "markeredgecolor": "black",
+                "linestyle": "none",
+            }
+            axes.plot(
+                best_step,
+                val[best_step],
+                **star,
+                label=f"best: {val[best_step]:.4f} at step {best_step:,}",
+            )
         _fit_axes(axes, name, [smooth, val])
         axes.set_ylabel(f"{name} ({unit})")
         axes.legend()
-        epochs = axes.secondary_xaxis("top", functions=(lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch))
+        epochs = axes.secondary_xaxis(
+            "top",
+            functions=(lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch),
+        )
         epochs.set_xlabel("epoch")
         epochs.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
@@ -85,7 +119,10 @@ def _fit_axes(axes: Axes, name: str, curves: Sequence[pd.Series | np.ndarray]) -
     shown = np.concatenate(curves)
     shown = shown[np.isfinite(shown)]
     if len(shown):
-        low, high = float(shown.min()), float(np.quantile(shown, 0.995) if name == "loss" else shown.max())
+        low, high = (
+            float(shown.min()),
+            float(np.quantile(shown, 0.995) if name == "loss" else shown.max()),
+        )
         margin = 0.06 * (high - low) or 0.05
         axes.set_ylim(max(0.0, low - margin), high + margin)
 
@@ -101,12 +138,22 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, title: str) -> F
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.argwhere(counts):
         colour = "white" if shares[row, column] > 0.5 else "black"
-        axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=9, color=colour)
+        axes.text(
+            column,
+            row,
+            str(counts[row, column]),
+            ha="center",
+            va="center",
+            fontsize=9,
+            color=colour,
+        )
     axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=45, ha="right")
     axes.set_yticks(range(len(CLASSES)), CLASSES)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    axes.set_title(f"{title}\naccuracy {np.trace(counts) / max(1, counts.sum()):.4f} on {counts.sum():,} validation images")
+    axes.set_title(
+        f"{title}\naccuracy {np.trace(counts) / max(1, counts.sum()):.4f} on {counts.sum():,} validation images"
+    )
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     return figure
 
@@ -127,7 +174,9 @@ class Traces:
         return [] if len(self.runs) == 1 and len(self.mean) else self.runs
 
 
-def traces(finished: Sequence[pd.DataFrame], others: Sequence[pd.DataFrame] = ()) -> dict[str, Traces]:
+def traces(
+    finished: Sequence[pd.DataFrame], others: Sequence[pd.DataFrame] = ()
+) -> dict[str, Traces]:
     """For each of METRICS the traces of these runs (journal.curves, where they are known with `examples`); the mean leaves `others` out.
 
     Training curves are trailing means over `smoothing` steps; the mean has the steps that all of its runs have.
@@ -135,7 +184,11 @@ def traces(finished: Sequence[pd.DataFrame], others: Sequence[pd.DataFrame] = ()
     found = {}
     for key in METRICS:
         runs = [_trace(frame, key) for frame in (*finished, *others)]
-        mean = _mean(runs[: len(finished)]) if finished else pd.DataFrame(columns=[*AXES, "value", "low", "high"], dtype=float)
+        mean = (
+            _mean(runs[: len(finished)])
+            if finished
+            else pd.DataFrame(columns=[*AXES, "value", "low", "high"], dtype=float)
+        )
         found[key] = Traces(_thinned_extremes(mean), [_thinned_extremes(run) for run in runs])
     return found
 
@@ -154,8 +207,15 @@ def smoothing(frame: pd.DataFrame) -> int:
 
 def _mean(runs: Sequence[pd.DataFrame]) -> pd.DataFrame:
     together = pd.concat([run.set_index("step", drop=False) for run in runs], axis=1, join="inner")
-    n, mean = len(runs), pd.DataFrame({axis: together[[axis]].mean(axis=1) for axis in (*AXES, "value")})
-    half = special.stdtrit(n - 1, 0.975) * together[["value"]].std(axis=1) / np.sqrt(n) if n >= LEAST_RUNS else np.nan
+    n, mean = (
+        len(runs),
+        pd.DataFrame({axis: together[[axis]].mean(axis=1) for axis in (*AXES, "value")}),
+    )
+    half = (
+        special.stdtrit(n - 1, 0.975) * together[["value"]].std(axis=1) / np.sqrt(n)
+        if n >= LEAST_RUNS
+        else np.nan
+    )
     return mean.assign(low=mean["value"] - half, high=mean["value"] + half)
 
 
@@ -164,7 +224,10 @@ def _thinned_extremes(trace: pd.DataFrame) -> pd.DataFrame:
     if len(trace) <= POINTS:
         return trace
     values, edges = trace["value"].to_numpy(), np.linspace(0, len(trace), POINTS // 2, dtype=int)
-    extremes = [start + np.array([values[start:stop].argmin(), values[start:stop].argmax()]) for start, stop in pairwise(edges)]
+    extremes = [
+        start + np.array([values[start:stop].argmin(), values[start:stop].argmax()])
+        for start, stop in pairwise(edges)
+    ]
     return trace.iloc[np.unique([0, len(trace) - 1, *np.concatenate(extremes)])]
 
 
@@ -180,13 +243,19 @@ def overlay(groups: Mapping[str, Mapping[str, Traces]], axis: str = "step") -> F
     """
     figure = Figure(figsize=(14, 9), dpi=DPI)
     rows = -(-len(groups) // 4)
-    figure.subplots_adjust(left=0.05, right=0.99, top=0.965, bottom=0.075 + 0.025 * rows, hspace=0.22, wspace=0.12)
+    figure.subplots_adjust(
+        left=0.05, right=0.99, top=0.965, bottom=0.075 + 0.025 * rows, hspace=0.22, wspace=0.12
+    )
     for axes, key in zip(figure.subplots(2, 2).flat, METRICS, strict=True):
         fitted = []
         for (dash, colour), label, traced in zip(styles(), groups, groups.values(), strict=False):
             mean, singles = traced[key].mean, traced[key].singles
-            axes.plot(mean[axis], mean["value"], color=colour, linestyle=dash, linewidth=1.6, label=label)
-            axes.fill_between(mean[axis], mean["low"], mean["high"], color=colour, alpha=0.18, linewidth=0)
+            axes.plot(
+                mean[axis], mean["value"], color=colour, linestyle=dash, linewidth=1.6, label=label
+            )
+            axes.fill_between(
+                mean[axis], mean["low"], mean["high"], color=colour, alpha=0.18, linewidth=0
+            )
             lines = [np.column_stack([run[axis], run["value"]]) for run in singles]
             axes.add_collection(LineCollection(lines, colors=colour, alpha=0.3, linewidths=0.6))
             fitted += [run["value"].to_numpy()[len(run) // 10 :] for run in (mean, *singles)]
@@ -194,7 +263,14 @@ def overlay(groups: Mapping[str, Mapping[str, Traces]], axis: str = "step") -> F
         axes.set_xlabel(axis)
         axes.set_title(TITLES[key], fontsize=11)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=min(4, max(1, len(labels))), fontsize=9, frameon=False)
+    figure.legend(
+        handles,
+        labels,
+        loc="lower center",
+        ncols=min(4, max(1, len(labels))),
+        fontsize=9,
+        frameon=False,
+    )
     return figure
 
 
@@ -208,10 +284,27 @@ def response(parameter: str, log: bool, points: Sequence[Mapping[str, Any]]) -> 
     figure = Figure(figsize=(7, 4.5), dpi=DPI)
     figure.subplots_adjust(left=0.12, right=0.98, bottom=0.12, top=0.97)
     axes = figure.subplots()
-    x, mean, low, high = np.transpose([[point[name] for name in ("x", "mean", "low", "high")] for point in points])
-    axes.errorbar(x, mean, yerr=[mean - low, high - mean], color=PALETTE[0], marker="o", capsize=4, linewidth=1.4)
+    x, mean, low, high = np.transpose(
+        [[point[name] for name in ("x", "mean", "low", "high")] for point in points]
+    )
+    axes.errorbar(
+        x,
+        mean,
+        yerr=[mean - low, high - mean],
+        color=PALETTE[0],
+        marker="o",
+        capsize=4,
+        linewidth=1.4,
+    )
     for point in points:
-        axes.plot([point["x"]] * len(point["values"]), point["values"], "o", color=PALETTE[0], alpha=0.3, markersize=4)
+        axes.plot(
+            [point["x"]] * len(point["values"]),
+            point["values"],
+            "o",
+            color=PALETTE[0],
+            alpha=0.3,
+            markersize=4,
+        )
     axes.set_xscale("log" if log else "linear")
     axes.set_xticks(x, [f"{at:g}" for at in x])
     axes.minorticks_off()
@@ -221,7 +314,11 @@ def response(parameter: str, log: bool, points: Sequence[Mapping[str, Any]]) -> 
 
 
 def sweep(
-    values: Mapping[str, Sequence[Any]], log: Sequence[str], accuracies: pd.Series, outcomes: pd.Series, importance: Mapping[str, float]
+    values: Mapping[str, Sequence[Any]],
+    log: Sequence[str],
+    accuracies: pd.Series,
+    outcomes: pd.Series,
+    importance: Mapping[str, float],
 ) -> Figure:
     """Validation accuracy by each swept field, a dot per trial, those that were ended early hollow; the fields by how much they matter.
 
@@ -231,12 +328,34 @@ def sweep(
     columns, rows = min(3, len(paths)), -(-len(paths) // 3)
     figure = Figure(figsize=(4.6 * columns + 0.6, 3.7 * rows + 0.3), dpi=DPI, layout="constrained")
     finished = outcomes == "finished"
-    for axes, path in zip(figure.subplots(rows, columns, squeeze=False, sharey=True).flat, paths, strict=False):
-        numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values[path])
-        x = pd.Series(values[path] if numeric else [str(value) for value in values[path]], index=accuracies.index)
-        axes.plot(x[finished], accuracies[finished], "o", color=PALETTE[0], markersize=5, label="trained to its end")
+    for axes, path in zip(
+        figure.subplots(rows, columns, squeeze=False, sharey=True).flat, paths, strict=False
+    ):
+        numeric = all(
+            isinstance(value, int | float) and not isinstance(value, bool) for value in values[path]
+        )
+        x = pd.Series(
+            values[path] if numeric else [str(value) for value in values[path]],
+            index=accuracies.index,
+        )
+        axes.plot(
+            x[finished],
+            accuracies[finished],
+            "o",
+            color=PALETTE[0],
+            markersize=5,
+            label="trained to its end",
+        )
         if (~finished).any():
-            axes.plot(x[~finished], accuracies[~finished], "o", color=PALETTE[1], markersize=5, fillstyle="none", label="ended early")
+            axes.plot(
+                x[~finished],
+                accuracies[~finished],
+                "o",
+                color=PALETTE[1],
+                markersize=5,
+                fillstyle="none",
+                label="ended early",
+            )
         if path in log:
             axes.set_xscale("log")
         share = f", {importance[path]:.0%} of what varies" if path in importance else ""
@@ -259,7 +378,11 @@ def logarithmic(values: Sequence[float]) -> bool:
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """The mean and the ends of its 95 % t interval over new seeds; of fewer values than LEAST_RUNS there is none, and they are the mean."""
     n, mean = len(values), float(np.mean(values))
-    half = float(special.stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(n)) if n >= LEAST_RUNS else 0.0
+    half = (
+        float(special.stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(n))
+        if n >= LEAST_RUNS
+        else 0.0
+    )
     return mean, mean - half, mean + half
 
 
@@ -270,8 +393,21 @@ def reliability(tables: Mapping[str, pd.DataFrame]) -> Figure:
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
     for (dash, colour), label, table in zip(styles(), tables, tables.values(), strict=False):
-        axes.plot(table["confidence"], table["accuracy"], color=colour, linestyle=dash, marker="o", markersize=4, label=label)
-    axes.set(xlabel="confidence (largest probability)", ylabel="accuracy (fraction)", xlim=(0, 1), ylim=(0, 1))
+        axes.plot(
+            table["confidence"],
+            table["accuracy"],
+            color=colour,
+            linestyle=dash,
+            marker="o",
+            markersize=4,
+            label=label,
+        )
+    axes.set(
+        xlabel="confidence (largest probability)",
+        ylabel="accuracy (fraction)",
+        xlim=(0, 1),
+        ylim=(0, 1),
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
@@ -286,7 +422,15 @@ def confusion_difference(difference: np.ndarray, title: str) -> Figure:
     image = axes.imshow(difference, cmap="PuOr_r", vmin=-limit, vmax=limit)
     for row, column in np.argwhere(np.abs(difference) >= 0.5):
         value = difference[row, column]
-        axes.text(column, row, f"{value:+.0f}", ha="center", va="center", size=9, color="white" if abs(value) > 0.7 * limit else "black")
+        axes.text(
+            column,
+            row,
+            f"{value:+.0f}",
+            ha="center",
+            va="center",
+            size=9,
+            color="white" if abs(value) > 0.7 * limit else "black",
+        )
     axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=45, ha="right")
     axes.set_yticks(range(len(CLASSES)), CLASSES)
     axes.set(xlabel="predicted", ylabel="true", title=title)

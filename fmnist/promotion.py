@@ -31,7 +31,9 @@ def promote(store: Store, text: str, because: str | None = None) -> Promotion:
     runs = store.runs()
     run, current = tracking.the_one(runs, text), store.champion()
     if current and current.run_id == run["run_id"]:
-        raise UserError(f"{run['name']} ({run['run_id'][:8]}) is the champion already, as version {current.version}")
+        raise UserError(
+            f"{run['name']} ({run['run_id'][:8]}) is the champion already, as version {current.version}"
+        )
     if run.get("p/data.holdout") == "null" and because is None:
         raise UserError(
             f"{run['name']} was validated on the test images, by which no model may be chosen; promote a run with data.holdout,"
@@ -41,26 +43,64 @@ def promote(store: Store, text: str, because: str | None = None) -> Promotion:
     if current is not None:
         verdict, better = _verdict(store, runs, current.run_id, run["run_id"])
         if not better and because is None:
-            return Promotion(None, None, [verdict, f'version {current.version} stays champion; --because "..." promotes it all the same'])
-    provenance = {key: run[f"t/{key}"] for key in PROVENANCE if isinstance(run.get(f"t/{key}"), str)}
-    tags = {**provenance, "verdict": verdict, "because": because, "replaced": current and current.version}
+            return Promotion(
+                None,
+                None,
+                [
+                    verdict,
+                    f'version {current.version} stays champion; --because "..." promotes it all the same',
+                ],
+            )
+    provenance = {
+        key: run[f"t/{key}"] for key in PROVENANCE if isinstance(run.get(f"t/{key}"), str)
+    }
+    tags = {
+        **provenance,
+        "verdict": verdict,
+        "because": because,
+        "replaced": current and current.version,
+    }
     known = run.dropna()
-    accuracy = {key: known[f"m/{key}"] for key in ("last/val_accuracy", "test/accuracy") if f"m/{key}" in known}
-    about = [f"{run['name']}: " + ", ".join(f"{key} {value:.4f}" for key, value in accuracy.items()), verdict]
-    version = store.register(run["run_id"], "\n\n".join([*about, f"Promoted because: {because}"] if because else about), tags)
-    return Promotion(run["run_id"], version, [verdict, f"{run['name']} is champion now: {tracking.champion_uri()} is version {version}"])
+    accuracy = {
+        key: known[f"m/{key}"]
+        for key in ("last/val_accuracy", "test/accuracy")
+        if f"m/{key}" in known
+    }
+    about = [
+        f"{run['name']}: " + ", ".join(f"{key} {value:.4f}" for key, value in accuracy.items()),
+        verdict,
+    ]
+    version = store.register(
+        run["run_id"],
+        "\n\n".join([*about, f"Promoted because: {because}"] if because else about),
+        tags,
+    )
+    return Promotion(
+        run["run_id"],
+        version,
+        [verdict, f"{run['name']} is champion now: {tracking.champion_uri()} is version {version}"],
+    )
 
 
-def _verdict(store: Store, runs: "pd.DataFrame", champion: str, challenger: str) -> tuple[str, bool]:
+def _verdict(
+    store: Store, runs: "pd.DataFrame", champion: str, challenger: str
+) -> tuple[str, bool]:
     """What a comparison of the two trained models says, and whether the challenger is better."""
     if champion not in set(runs["run_id"]):
-        return f"the champion's run {champion[:8]} is no longer in the store, so nothing can be compared", False
+        return (
+            f"the champion's run {champion[:8]} is no longer in the store, so nothing can be compared",
+            False,
+        )
     found = [groups.alone(runs, run_id) for run_id in (champion, challenger)]
     try:
         [result] = compare.compare([groups.sample(store, group) for group in found])
     except UserError as error:  # other images
         return str(error), False
-    better = result.mcnemar_p is not None and result.mcnemar_p < compare.LEVEL and (result.difference or 0) > 0
+    better = (
+        result.mcnemar_p is not None
+        and result.mcnemar_p < compare.LEVEL
+        and (result.difference or 0) > 0
+    )
     return result.sentence.partition("; one seed each")[0], better
 
 
@@ -71,8 +111,14 @@ def roll_back(store: Store) -> Promotion:
         raise UserError("there is no champion; fmnist promote RUN makes one")
     before = current.tags.get("replaced")
     if before is None:
-        raise UserError(f"version {current.version} is the first champion, there is none before it to go back to")
+        raise UserError(
+            f"version {current.version} is the first champion, there is none before it to go back to"
+        )
     store.make_champion(before)
     restored = store.champion()
     assert restored is not None
-    return Promotion(restored.run_id, int(before), [f"version {before} is champion again, in place of version {current.version}"])
+    return Promotion(
+        restored.run_id,
+        int(before),
+        [f"version {before} is champion again, in place of version {current.version}"],
+    )

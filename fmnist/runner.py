@@ -18,7 +18,18 @@ from fmnist import engine as engines
 from fmnist import spec as specs
 from fmnist.errors import Diverged, SpecError, StoreError
 from fmnist.journal import Result, from_curves
-from fmnist.state import Journal, StateFolder, at_hand, carrier_lock, is_locked, now_ms, signals, start_carrier, state_folder, state_folders
+from fmnist.state import (
+    Journal,
+    StateFolder,
+    at_hand,
+    carrier_lock,
+    is_locked,
+    now_ms,
+    signals,
+    start_carrier,
+    state_folder,
+    state_folders,
+)
 from fmnist.training import Outcome, Stack, State, Training
 
 PREFLIGHT_TIMEOUT_S = 5
@@ -35,7 +46,9 @@ class Context:
     sync: bool = True  # whether it goes into MLflow now; else with a later `fmnist sync`
     say: Callable[[str], None] = print
     watch: Callable[["Training"], object] = lambda training: None  # called after each segment
-    prune: Callable[["Training"], bool] = lambda training: False  # whether to end it after this evaluation
+    prune: Callable[["Training"], bool] = lambda training: (
+        False
+    )  # whether to end it after this evaluation
     wait: bool = True  # for the runs to be in MLflow; else who calls sees to that
     patience_s: float = PATIENCE_S  # with a store that takes nothing
 
@@ -56,7 +69,12 @@ class Request(NamedTuple):
     start: Callable[[dict[str, Any]], Beginning]
 
 
-def run(wanted: Sequence[experiments.Resolved], context: Context, fresh: bool = False, resume: StateFolder | None = None) -> list[Outcome]:
+def run(
+    wanted: Sequence[experiments.Resolved],
+    context: Context,
+    fresh: bool = False,
+    resume: StateFolder | None = None,
+) -> list[Outcome]:
     """Train experiments on the same data, or continue their interrupted runs, and see them into MLflow.
 
     Raises UserError before the first is begun.
@@ -64,34 +82,56 @@ def run(wanted: Sequence[experiments.Resolved], context: Context, fresh: bool = 
     return _train([_request(resolved, context, fresh, resume) for resolved in wanted], context)
 
 
-def missing(wanted: Sequence[experiments.Resolved], recorded: Mapping[str, Result], context: Context) -> list[experiments.Resolved]:
+def missing(
+    wanted: Sequence[experiments.Resolved], recorded: Mapping[str, Result], context: Context
+) -> list[experiments.Resolved]:
     """Those of which no run is `recorded` (database.recorded), on its way there or being trained elsewhere; of the others it says why."""
-    done = {fingerprint: result for fingerprint, result in {**recorded, **at_hand(context.root)}.items() if result.outcome != "pruned"}
+    done = {
+        fingerprint: result
+        for fingerprint, result in {**recorded, **at_hand(context.root)}.items()
+        if result.outcome != "pruned"
+    }
     for resolved in wanted:
         if result := done.get(resolved.spec.fingerprint):
             context.say(f"s{resolved.spec.train.seed}: {result.where} (--fresh trains it again)")
     return [resolved for resolved in wanted if resolved.spec.fingerprint not in done]
 
 
-def _request(resolved: experiments.Resolved, context: Context, fresh: bool, resume: StateFolder | None) -> Request:
+def _request(
+    resolved: experiments.Resolved, context: Context, fresh: bool, resume: StateFolder | None
+) -> Request:
     spec = resolved.spec
     if resume is not None and (differences := spec.differences(resume.spec.flat())):
         raise SpecError(f"{resume.path.name} can't be continued with another spec: {differences}")
 
     def take_up() -> Beginning | None:
-        same = [folder for folder in state_folders(context.root) if folder.run.get("fingerprint") == spec.fingerprint]
-        here = [folder for folder in same if context.store is None or folder.run["store"] in (None, context.store)]
+        same = [
+            folder
+            for folder in state_folders(context.root)
+            if folder.run.get("fingerprint") == spec.fingerprint
+        ]
+        here = [
+            folder
+            for folder in same
+            if context.store is None or folder.run["store"] in (None, context.store)
+        ]
         interrupted = [folder for folder in here if folder.resumable]
         if resume or (interrupted and not fresh):
             return _take_up(resume or interrupted[-1], spec, context)
         for folder in interrupted:
             given_up = Journal.resume(folder)
-            given_up.event("end", status="KILLED", reason="given up for a fresh run", resumable=False)
+            given_up.event(
+                "end", status="KILLED", reason="given up for a fresh run", resumable=False
+            )
             given_up.release()
-            context.say(f"giving up {folder.path.name}, which stopped at step {given_up.recorded.last:,}")
+            context.say(
+                f"giving up {folder.path.name}, which stopped at step {given_up.recorded.last:,}"
+            )
         for folder in same:
             if folder.running:
-                context.say(f"{folder.path.name} has the same spec and is being trained by {folder.holder}; this is another run beside it")
+                context.say(
+                    f"{folder.path.name} has the same spec and is being trained by {folder.holder}; this is another run beside it"
+                )
         return None
 
     def start(now: dict[str, Any]) -> Beginning:
@@ -104,7 +144,9 @@ def extend(origin: Path, run_id: str, name: str, epochs: int, context: Context) 
     """Train on a finished run, whose artifacts are in `origin`, as a new one; raises UserError where that would have begun otherwise."""
     import pandas as pd
 
-    before = experiments.parse((origin / "spec.yaml").read_text(encoding="utf-8"), f"run {run_id}: spec.yaml")
+    before = experiments.parse(
+        (origin / "spec.yaml").read_text(encoding="utf-8"), f"run {run_id}: spec.yaml"
+    )
     refuse = f"run {run_id} can't be extended to {epochs} epochs: "
     if epochs <= before.train.epochs:
         raise SpecError(f"{refuse}it has {before.train.epochs} already; give more")
@@ -116,24 +158,35 @@ def extend(origin: Path, run_id: str, name: str, epochs: int, context: Context) 
             f" step on; train it from the start: --set train.epochs={epochs}"
         )
     try:
-        state, curves = checkpoint.load(origin / checkpoint.NEWEST, before), pd.read_parquet(origin / "curves.parquet")
+        state, curves = (
+            checkpoint.load(origin / checkpoint.NEWEST, before),
+            pd.read_parquet(origin / "curves.parquet"),
+        )
     except (OSError, ValueError) as error:
         raise StoreError(f"{refuse}{error}") from None
-    if spec.train.early_stopping and (state["step"] != before.steps or before.steps % spec.train.eval_every):
-        raise SpecError(f"{refuse}early stopping ended it, or looked at its last step, where the longer run would not have looked")
+    if spec.train.early_stopping and (
+        state["step"] != before.steps or before.steps % spec.train.eval_every
+    ):
+        raise SpecError(
+            f"{refuse}early stopping ended it, or looked at its last step, where the longer run would not have looked"
+        )
     if state["step"] != before.steps:
         raise SpecError(f"{refuse}it ended at step {state['step']:,} of {before.steps:,}")
 
     def start(now: dict[str, Any]) -> Beginning:
         records = from_curves(spec, curves, before.steps, now_ms())
         longer_name = f"{re.sub(' epochs=[0-9]+', '', name)} epochs={epochs}"
-        journal = Journal.create(context.root, spec, longer_name, now, context.store, run_id, records)
+        journal = Journal.create(
+            context.root, spec, longer_name, now, context.store, run_id, records
+        )
         journal.flush()
         checkpoint.save(journal.folder, spec, state)
         context.say(f"extending run {run_id} from step {before.steps:,} to {spec.steps:,}")
         return journal, state
 
-    return _train([Request(spec, f"fmnist extend {run_id} --epochs {epochs}", lambda: None, start)], context)[0]
+    return _train(
+        [Request(spec, f"fmnist extend {run_id} --epochs {epochs}", lambda: None, start)], context
+    )[0]
 
 
 def _train(requests: Sequence[Request], context: Context) -> list[Outcome]:
@@ -142,11 +195,17 @@ def _train(requests: Sequence[Request], context: Context) -> list[Outcome]:
     _preflight(context)
     device = engines.device(first.compute, first.train.precision)
     dataset = data.load(first.data, context.root, device, context.say)
-    size, done, carrier = engines.stack_size(first.compute, device), list[tuple[Journal, Outcome]](), None
+    size, done, carrier = (
+        engines.stack_size(first.compute, device),
+        list[tuple[Journal, Outcome]](),
+        None,
+    )
     for start in range(0, len(requests), size):
         chosen = requests[start : start + size]
         if len(requests) > 1:
-            context.say(f"{', '.join(f's{request.spec.train.seed}' for request in chosen)}: {start + len(chosen)} of {len(requests)} runs")
+            context.say(
+                f"{', '.join(f's{request.spec.train.seed}' for request in chosen)}: {start + len(chosen)} of {len(requests)} runs"
+            )
         stacks = _begin(chosen, dataset, context)
         carrier = start_carrier(context.root) if context.sync else None
         with signals() as caught:
@@ -172,7 +231,9 @@ def _begin(requests: Sequence[Request], dataset: data.Dataset, context: Context)
     try:
         for request in requests:
             taken = request.take_up()
-            together.setdefault(taken[1]["step"] if taken and taken[1] else 0, []).append((request, taken))
+            together.setdefault(taken[1]["step"] if taken and taken[1] else 0, []).append(
+                (request, taken)
+            )
         return [_stack(members, dataset, context) for members in together.values()]
     except BaseException as error:
         for taken in [taken for members in together.values() for _, taken in members if taken]:
@@ -183,7 +244,9 @@ def _begin(requests: Sequence[Request], dataset: data.Dataset, context: Context)
         raise StoreError(f"{what}; mend that or set FMNIST_HOME to another folder") from None
 
 
-def _stack(members: Sequence[tuple[Request, Beginning | None]], dataset: data.Dataset, context: Context) -> Stack:
+def _stack(
+    members: Sequence[tuple[Request, Beginning | None]], dataset: data.Dataset, context: Context
+) -> Stack:
     begun = list[tuple[Request, Journal, State | None]]()
     for request, taken in members:
         now = environment.collect(request.command, dataset.train.images.device, len(members))
@@ -203,7 +266,9 @@ def _take_up(folder: StateFolder, spec: specs.ExperimentSpec, context: Context) 
     """Take up an interrupted run at the newest checkpoint that is whole and that its journal reaches."""
     store = folder.run["store"]
     if context.store is not None and store not in (None, context.store):
-        raise StoreError(f"{folder.path.name} is for {store}: set or unset MLFLOW_TRACKING_URI accordingly, or give --no-sync")
+        raise StoreError(
+            f"{folder.path.name} is for {store}: set or unset MLFLOW_TRACKING_URI accordingly, or give --no-sync"
+        )
     journal = Journal.resume(folder)
     try:
         state = _newest_checkpoint(journal, spec, context.say)
@@ -215,26 +280,51 @@ def _take_up(folder: StateFolder, spec: specs.ExperimentSpec, context: Context) 
     return journal, state
 
 
-def _go_on(journal: Journal, state: State | None, spec: specs.ExperimentSpec, now: dict[str, Any], context: Context) -> None:
+def _go_on(
+    journal: Journal,
+    state: State | None,
+    spec: specs.ExperimentSpec,
+    now: dict[str, Any],
+    context: Context,
+) -> None:
     """Record that a run goes on in this environment; where that is another than before, its last bits are not compared."""
-    folder, here, step = StateFolder.at(journal.folder), environment.facts(now), state["step"] if state else 0
-    resumed = (record.fields["environment"] for record in journal.records if record.kind == "resume")
-    changed = [environment.differences(place, here) for place in (environment.facts(folder.environment), *resumed)]
-    other = sorted({f"{key} {change[key]}" for change in changed for key in environment.BITS if key in change})
-    context.say(f"continuing {folder.path.name} at step {step:,} of {spec.steps:,} (--fresh would start anew)")
+    folder, here, step = (
+        StateFolder.at(journal.folder),
+        environment.facts(now),
+        state["step"] if state else 0,
+    )
+    resumed = (
+        record.fields["environment"] for record in journal.records if record.kind == "resume"
+    )
+    changed = [
+        environment.differences(place, here)
+        for place in (environment.facts(folder.environment), *resumed)
+    ]
+    other = sorted(
+        {f"{key} {change[key]}" for change in changed for key in environment.BITS if key in change}
+    )
+    context.say(
+        f"continuing {folder.path.name} at step {step:,} of {spec.steps:,} (--fresh would start anew)"
+    )
     if other:
-        context.say(f"it began elsewhere, so what is computed from here on may differ in its last bits: {', '.join(other)}")
+        context.say(
+            f"it began elsewhere, so what is computed from here on may differ in its last bits: {', '.join(other)}"
+        )
     journal.exact = not other
     journal.event("resume", step=step, environment=here)
 
 
-def _newest_checkpoint(journal: Journal, spec: specs.ExperimentSpec, say: Callable[[str], None]) -> State | None:
+def _newest_checkpoint(
+    journal: Journal, spec: specs.ExperimentSpec, say: Callable[[str], None]
+) -> State | None:
     for path in (journal.folder / checkpoint.NEWEST, journal.folder / checkpoint.PREVIOUS):
         try:
             state = checkpoint.load(path, spec)
             if state["step"] <= journal.recorded.last:
                 return state
-            say(f"{path} is of step {state['step']:,}; the journal is whole up to step {journal.recorded.last:,}")
+            say(
+                f"{path} is of step {state['step']:,}; the journal is whole up to step {journal.recorded.last:,}"
+            )
         except FileNotFoundError:
             continue
         except ValueError as error:
@@ -256,13 +346,18 @@ def _preflight(context: Context) -> None:
         ) from None
 
 
-def hand_over(outcomes: Sequence[Outcome], context: Context, carrier: "subprocess.Popen[bytes] | None" = None) -> None:
+def hand_over(
+    outcomes: Sequence[Outcome], context: Context, carrier: "subprocess.Popen[bytes] | None" = None
+) -> None:
     """Wait until the runs are in MLflow; what a carrier fails to do for long, or Ctrl-C, leaves them to a later `fmnist sync`."""
     if not context.sync:
         for outcome in outcomes:
             outcome.unsynced = "--no-sync was given"
         return
-    waiting, patience_s = [outcome for outcome in outcomes if outcome.unsynced is None], context.patience_s
+    waiting, patience_s = (
+        [outcome for outcome in outcomes if outcome.unsynced is None],
+        context.patience_s,
+    )
     try:
         while waiting:
             _wait_for_carrier(context, waiting[0], carrier, patience_s)
@@ -273,33 +368,48 @@ def hand_over(outcomes: Sequence[Outcome], context: Context, carrier: "subproces
             outcome.unsynced = "interrupted while it was being stored; it goes on in the background"
 
 
-def _wait_for_carrier(context: Context, outcome: Outcome, carrier: "subprocess.Popen[bytes] | None", patience_s: float) -> None:
+def _wait_for_carrier(
+    context: Context, outcome: Outcome, carrier: "subprocess.Popen[bytes] | None", patience_s: float
+) -> None:
     try:
         folder = StateFolder.at(state_folder(context.root) / outcome.key)
         end = (folder.path / "journal").stat().st_size
     except FileNotFoundError:  # nobody holds its lock any more, and all of it is in MLflow
         return
-    lock, note, told, quiet_s = carrier_lock(context.root, specs.store_name()), folder.carried, False, 0.0
+    lock, note, told, quiet_s = (
+        carrier_lock(context.root, specs.store_name()),
+        folder.carried,
+        False,
+        0.0,
+    )
     while True:
         before, note = note, folder.carried
         outcome.run_id, outcome.experiment_id = note.get("run_id"), note.get("experiment_id")
         closed, error, held = note.get("closed"), note.get("error"), is_locked(lock)
         if closed == "DELETED" or (closed and note["offset"] >= end):
-            if closed != outcome.status:  # FAILED although training ended well, if the store lost points
+            if (
+                closed != outcome.status
+            ):  # FAILED although training ended well, if the store lost points
                 outcome.status, outcome.reason = closed, note.get("reason")
                 outcome.exit_code = Diverged.exit_code if closed == "FAILED" else outcome.exit_code
             return
         if note.get("offset") != before.get("offset"):
             quiet_s = 0.0
         if quiet_s > patience_s:
-            outcome.unsynced = error or f"nothing was carried over for {patience_s:.0f} s; see mlruns/sidecar.log"
+            outcome.unsynced = (
+                error or f"nothing was carried over for {patience_s:.0f} s; see mlruns/sidecar.log"
+            )
             return
         if error and not told:
-            context.say(f"training is over; the store does not take the run: {error}; trying for {patience_s:.0f} s (Ctrl-C: later)")
+            context.say(
+                f"training is over; the store does not take the run: {error}; trying for {patience_s:.0f} s (Ctrl-C: later)"
+            )
             told = True
         if not held and (carrier is None or carrier.poll() is not None):
             carrier = start_carrier(context.root)
         if not folder.path.exists():
             return
         time.sleep(POLL_S)
-        quiet_s += POLL_S if error or not held else POLL_S / 10  # to close a run at a slow server can take minutes
+        quiet_s += (
+            POLL_S if error or not held else POLL_S / 10
+        )  # to close a run at a slow server can take minutes

@@ -10,7 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.trial import TrialState
 
 from fmnist import spec as specs
@@ -46,13 +51,17 @@ class Study:
     def _stored(self) -> optuna.storages.BaseStorage:
         self._folder.mkdir(exist_ok=True)
         with self._locked():  # SQLAlchemy's tables are not made safely by several at once
-            return optuna.storages.RDBStorage(f"sqlite:///{self._folder / 'searches.db'}", {"connect_args": {"timeout": 60}})
+            return optuna.storages.RDBStorage(
+                f"sqlite:///{self._folder / 'searches.db'}", {"connect_args": {"timeout": 60}}
+            )
 
     def _copied(self) -> optuna.storages.BaseStorage:
         memory = optuna.storages.InMemoryStorage()
         if (self._folder / "searches.db").exists():
             with contextlib.suppress(KeyError):  # other studies are in it
-                optuna.copy_study(from_study_name=self.sweep.study, from_storage=self._stored(), to_storage=memory)
+                optuna.copy_study(
+                    from_study_name=self.sweep.study, from_storage=self._stored(), to_storage=memory
+                )
         return memory
 
     @contextlib.contextmanager
@@ -65,9 +74,13 @@ class Study:
     def _pruner(self) -> optuna.pruners.BasePruner:
         match self.search.pruner:
             case "median":
-                return optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=self._evaluations // 2)
+                return optuna.pruners.MedianPruner(
+                    n_startup_trials=STARTUP, n_warmup_steps=self._evaluations // 2
+                )
             case "hyperband":
-                return optuna.pruners.HyperbandPruner(min_resource=max(1, self._evaluations // 9), max_resource=self._evaluations)
+                return optuna.pruners.HyperbandPruner(
+                    min_resource=max(1, self._evaluations // 9), max_resource=self._evaluations
+                )
             case "none":
                 return optuna.pruners.NopPruner()
 
@@ -87,7 +100,9 @@ class Study:
         with self._locked():
             there = self._study.get_trials(deepcopy=False)
             for each in there:
-                if each.state == TrialState.RUNNING and set(each.params) != set(self._space):  # who asked for it was killed over it
+                if each.state == TrialState.RUNNING and set(each.params) != set(
+                    self._space
+                ):  # who asked for it was killed over it
                     self._study.tell(each.number, state=TrialState.FAIL)
             if sum(set(each.params) == set(self._space) for each in there) >= self.search.trials:
                 return None
@@ -98,55 +113,93 @@ class Study:
     def _trial(self, number: int, parameters: Mapping[str, Any]) -> Trial:
         if number not in self._known:
             choices = {path for path, dimension in self.search.space.items() if dimension.choices}
-            settings = {path: json.loads(value) if path in choices else _rounded(value) for path, value in parameters.items()}
-            self._known[number] = self.sweep.trial(number, settings, next(iter(self.sweep.spec.seeds), None))
+            settings = {
+                path: json.loads(value) if path in choices else _rounded(value)
+                for path, value in parameters.items()
+            }
+            self._known[number] = self.sweep.trial(
+                number, settings, next(iter(self.sweep.spec.seeds), None)
+            )
         return self._known[number]
 
     def open(self) -> list[Trial]:
         """Those that were asked for and have no result yet."""
         running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return [self._trial(each.number, each.params) for each in running if set(each.params) == set(self._space)]
+        return [
+            self._trial(each.number, each.params)
+            for each in running
+            if set(each.params) == set(self._space)
+        ]
 
     def settled(self) -> list[tuple[Trial, Result]]:
         """Those that have a result."""
-        ended = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        ended = self._study.get_trials(
+            deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)
+        )
         names = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned"}
-        return [(self._trial(each.number, each.params), Result(names[each.state], "in the study", each.value)) for each in ended]
+        return [
+            (
+                self._trial(each.number, each.params),
+                Result(names[each.state], "in the study", each.value),
+            )
+            for each in ended
+        ]
 
     def tell(self, number: int, result: Result) -> None:
         """Note how a trial ended; what is known already is left as it is."""
         value = GUESSING if result.outcome == "diverged" else result.accuracy
         state = TrialState.PRUNED if result.outcome == "pruned" else TrialState.COMPLETE
-        self._study.tell(number, None if state is TrialState.PRUNED else value, state=state, skip_if_finished=True)
+        self._study.tell(
+            number,
+            None if state is TrialState.PRUNED else value,
+            state=state,
+            skip_if_finished=True,
+        )
 
     def prune(self, number: int, step: int, accuracy: float) -> bool:
         """Whether a trial that is this far is not worth going on with."""
         if self.search.pruner == "none":
             return False
-        identity = next(each._trial_id for each in self._study.get_trials(deepcopy=False) if each.number == number)
+        identity = next(
+            each._trial_id
+            for each in self._study.get_trials(deepcopy=False)
+            if each.number == number
+        )
         trial = optuna.trial.Trial(self._study, identity)
         trial.report(accuracy, step // self.sweep.base.spec.train.eval_every)
         return trial.should_prune()
 
 
-def importances(sweep: Sweep, results: Sequence[tuple[Mapping[str, Any], float]]) -> dict[str, float]:
+def importances(
+    sweep: Sweep, results: Sequence[tuple[Mapping[str, Any], float]]
+) -> dict[str, float]:
     """The share of each swept field in how the accuracy varies (Optuna's fANOVA), of settings and accuracies; empty where that can't be told."""
     space: dict[str, BaseDistribution] = {}
     for path in sweep.paths:
         values = sorted({json.dumps(settings[path]) for settings, _ in results})
         if len(values) > 1:
-            space[path] = _distribution(sweep.spec.search.space[path]) if sweep.spec.search else CategoricalDistribution(values)
+            space[path] = (
+                _distribution(sweep.spec.search.space[path])
+                if sweep.spec.search
+                else CategoricalDistribution(values)
+            )
     if not space or len(results) < LEAST_TRIALS or len({accuracy for _, accuracy in results}) < 2:
         return {}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="maximize")
     for settings, accuracy in results:
         parameters = {
-            path: json.dumps(settings[path]) if isinstance(each, CategoricalDistribution) else settings[path]
+            path: json.dumps(settings[path])
+            if isinstance(each, CategoricalDistribution)
+            else settings[path]
             for path, each in space.items()
         }
-        study.add_trial(optuna.trial.create_trial(params=parameters, distributions=space, value=accuracy))
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)  # shares of the variance, as the words here say
+        study.add_trial(
+            optuna.trial.create_trial(params=parameters, distributions=space, value=accuracy)
+        )
+    evaluator = optuna.importance.FanovaImportanceEvaluator(
+        seed=0
+    )  # shares of the variance, as the words here say
     return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
 
 
@@ -160,4 +213,6 @@ def _distribution(dimension: Dimension) -> BaseDistribution:
         return CategoricalDistribution([json.dumps(choice) for choice in dimension.choices])
     if isinstance(dimension.low, int) and isinstance(dimension.high, int):
         return IntDistribution(dimension.low, dimension.high, log=dimension.log)
-    return FloatDistribution(float(dimension.low or 0.0), float(dimension.high or 0.0), log=dimension.log)
+    return FloatDistribution(
+        float(dimension.low or 0.0), float(dimension.high or 0.0), log=dimension.log
+    )

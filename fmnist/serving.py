@@ -31,12 +31,22 @@ def check_port(port: int, target: str) -> None:
 
 def serve(command: Sequence[str], root: Path, log: Path, health: str, told: Sequence[str]) -> None:
     """Run a server until a signal comes; once `health` answers, print what is `told`. Raises UserError where it doesn't come up."""
-    for ending in (signal.SIGINT, signal.SIGTERM):  # the server must not outlive us; a shell's `&` has SIGINT ignored
+    for ending in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # the server must not outlive us; a shell's `&` has SIGINT ignored
         signal.signal(ending, signal.default_int_handler)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # MLflow starts uvicorn by its name
-    environment = {**os.environ, **tracking.SETTINGS, "MLFLOW_TRACKING_URI": tracking.uri(root), "PATH": path}
+    environment = {
+        **os.environ,
+        **tracking.SETTINGS,
+        "MLFLOW_TRACKING_URI": tracking.uri(root),
+        "PATH": path,
+    }
     with open(log, "wb") as output:
-        server = subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=root, start_new_session=True)
+        server = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output, cwd=root, start_new_session=True
+        )
     try:
         _wait_until_up(server, health, log)
         print("\n".join(told), flush=True)
@@ -88,14 +98,22 @@ def read_image(path: Path, invert: bool) -> Any:
 
     try:
         with Image.open(path) as picture:
-            grey = ImageOps.exif_transpose(picture).convert("L").resize((28, 28), Image.Resampling.LANCZOS)
+            grey = (
+                ImageOps.exif_transpose(picture)
+                .convert("L")
+                .resize((28, 28), Image.Resampling.LANCZOS)
+            )
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         why = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: can't be read as a picture: {why}; give PNG or JPEG files") from None
+        raise UserError(
+            f"{path}: can't be read as a picture: {why}; give PNG or JPEG files"
+        ) from None
     return ImageOps.invert(grey) if invert else grey
 
 
-def predict(store: tracking.Store, model: str, paths: Sequence[Path], invert: bool) -> list[dict[str, Any]]:
+def predict(
+    store: tracking.Store, model: str, paths: Sequence[Path], invert: bool
+) -> list[dict[str, Any]]:
     """What a model takes each picture for: its class, and the probability of each class."""
     import numpy as np
 
@@ -106,5 +124,7 @@ def predict(store: tracking.Store, model: str, paths: Sequence[Path], invert: bo
     found = []
     for path, row in zip(paths, np.asarray(probabilities, float), strict=True):
         by_class = dict(zip(CLASSES, row.tolist(), strict=True))
-        found.append({"image": str(path), "class": CLASSES[int(row.argmax())], "probabilities": by_class})
+        found.append(
+            {"image": str(path), "class": CLASSES[int(row.argmax())], "probabilities": by_class}
+        )
     return found

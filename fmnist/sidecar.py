@@ -41,14 +41,20 @@ PNG: dict[str, Any] = {"pil_kwargs": {"compress_level": 1}}
 NICENESS = 10
 MAX_BACKOFF_S = 10.0
 OUTCOMES = {"FINISHED": "finished", "KILLED": "interrupted", "FAILED": "failed"}
-SILENT_END: dict[str, Any] = {"status": "KILLED", "reason": "the process ended without a word (kill -9, out of memory or power loss)"}
+SILENT_END: dict[str, Any] = {
+    "status": "KILLED",
+    "reason": "the process ended without a word (kill -9, out of memory or power loss)",
+}
 """What is taken for the end record of a run whose trainer wrote none."""
 
 
 def main() -> None:
     """`python -m fmnist.sidecar ROOT`."""
     root = Path(sys.argv[1])
-    with contextlib.suppress(BlockingIOError), _sole_carrier(root, wait=False):  # else another one is at work
+    with (
+        contextlib.suppress(BlockingIOError),
+        _sole_carrier(root, wait=False),
+    ):  # else another one is at work
         os.nice(NICENESS)
         _serve(root)
 
@@ -97,7 +103,11 @@ def _serve(root: Path) -> None:
                 backoff = min(2 * backoff, MAX_BACKOFF_S)
             if folder.running:
                 idle_since = time.monotonic()
-        for group in grown - {folder.run.get("group") for folder in state_folders(root) if not folder.carried.get("closed")}:
+        for group in grown - {
+            folder.run.get("group")
+            for folder in state_folders(root)
+            if not folder.carried.get("closed")
+        }:
             grown.remove(group)  # once no other run of it is at work
             if store is not None:
                 _regroup(store, group)
@@ -119,9 +129,13 @@ def _regroup(store: tracking.Store, key: str | None) -> None:
 def _settled(folder: StateFolder) -> bool:
     """Whether the run is closed in MLflow with all that its journal holds; if it can't be continued either, its folder goes."""
     note = folder.carried
-    if not note.get("closed") or (note["closed"] != "DELETED" and read(folder.path / "journal", note["offset"])[0]):
+    if not note.get("closed") or (
+        note["closed"] != "DELETED" and read(folder.path / "journal", note["offset"])[0]
+    ):
         return False
-    if not folder.unfinished and not folder.running:  # in this order: one that is unfinished may be continued at any moment
+    if (
+        not folder.unfinished and not folder.running
+    ):  # in this order: one that is unfinished may be continued at any moment
         folder.remove()
     return True
 
@@ -140,7 +154,9 @@ def sync(root: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
     if all(_settled(folder) for folder in state_folders(root)) and not tracking.exists(root):
         return results
     lock = carrier_lock(root, store_name())
-    with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):  # it may end at any moment
+    with contextlib.suppress(
+        FileNotFoundError, ValueError, ProcessLookupError
+    ):  # it may end at any moment
         if is_locked(lock):  # and would idle on for a while
             os.kill(int(lock.read_text()), signal.SIGTERM)
     with _sole_carrier(root, wait=True):
@@ -148,22 +164,33 @@ def sync(root: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
         gc.freeze()
         for folder in state_folders(root):
             if folder.run["store"] not in (None, store_name()):
-                say(f"{folder.path.name}: is for {folder.run['store']}; set or unset MLFLOW_TRACKING_URI accordingly and sync again")
+                say(
+                    f"{folder.path.name}: is for {folder.run['store']}; set or unset MLFLOW_TRACKING_URI accordingly and sync again"
+                )
             elif not _settled(folder):
                 results.append(_carry_whole(folder, store, say))
         _regroup(store, None)
     return results
 
 
-def _carry_whole(folder: StateFolder, store: tracking.Store, say: Callable[[str], None]) -> dict[str, Any]:
+def _carry_whole(
+    folder: StateFolder, store: tracking.Store, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Carry one run as far as it goes; what came of it."""
-    result: dict[str, Any] = {"key": folder.path.name, "run_id": None, "status": "RUNNING", "error": None}
+    result: dict[str, Any] = {
+        "key": folder.path.name,
+        "run_id": None,
+        "status": "RUNNING",
+        "error": None,
+    }
     try:
         carrier = Carrier(folder, store)
         while not _settled(folder) and carrier.advance():
             pass
         result |= {"run_id": carrier.run_id, "status": carrier.closed or "RUNNING"}
-        say(f"{folder.path.name}: {carrier.closed or 'still running; what there is so far is stored'}")
+        say(
+            f"{folder.path.name}: {carrier.closed or 'still running; what there is so far is stored'}"
+        )
     except Exception as error:  # one run's trouble is not the others'
         result["error"] = _report(folder, error)
         say(f"{folder.path.name}: not stored yet, it stays on disk: {result['error']}")
@@ -175,7 +202,11 @@ class Carrier:
 
     def __init__(self, folder: StateFolder, store: tracking.Store) -> None:
         self.folder, self.store = folder, store
-        self.spec, self.environment, self.journal = folder.spec, folder.environment, folder.path / "journal"
+        self.spec, self.environment, self.journal = (
+            folder.spec,
+            folder.environment,
+            folder.path / "journal",
+        )
         self.identity = store.identity()
         note = folder.carried
         if note.get("store", self.identity) != self.identity:
@@ -201,11 +232,17 @@ class Carrier:
     def _is_deleted(self) -> bool:
         """Whether the run, and not the whole store, is surely gone."""
         with contextlib.suppress(Exception):  # in an outage it can't be told
-            return not self.store.stale and self.store.identity() == self.identity and self.store.is_deleted(self.run_id)
+            return (
+                not self.store.stale
+                and self.store.identity() == self.identity
+                and self.store.is_deleted(self.run_id)
+            )
         return False
 
     def _carry(self) -> bool:
-        running = self.folder.running  # asked before reading: what was written before the end is then surely read
+        running = (
+            self.folder.running
+        )  # asked before reading: what was written before the end is then surely read
         if not self.run_id:
             self._open()
         elif self.closed:
@@ -214,14 +251,23 @@ class Carrier:
         records, offset = read(self.journal, self.offset)
         steps = sum(record.fields.get("count", 0) for record in records)
         many = 2 * steps // self.spec.tracking.log_every >= SEND_POINTS
-        if records and running and not _has_ended(records) and not many and time.monotonic() < self._send_due:
+        if (
+            records
+            and running
+            and not _has_ended(records)
+            and not many
+            and time.monotonic() < self._send_due
+        ):
             return False
         if records:
             self._send_due = time.monotonic() + SEND_S
             with open(self.journal) as file:
                 os.fsync(file.fileno())
             self._send(records)
-            self.offset, self._ended = offset, _has_ended(records)  # only once they are sent: what fails is read again
+            self.offset, self._ended = (
+                offset,
+                _has_ended(records),
+            )  # only once they are sent: what fails is read again
             self._note(None, None)
         if self._ended or not running:
             self._close()
@@ -229,7 +275,9 @@ class Carrier:
         return bool(records)
 
     def _send(self, records: list[Record]) -> None:
-        self.store.log_points(self.run_id, (point for record in records for point in points(self.spec, record)))
+        self.store.log_points(
+            self.run_id, (point for record in records for point in points(self.spec, record))
+        )
 
     def _note(self, closed: str | None, reason: str | None) -> None:
         self.closed, self.reason = closed, reason
@@ -256,7 +304,9 @@ class Carrier:
         }
         self.experiment_id = self.store.experiment(spec.tracking.experiment)
         key, name, begun = run["key"], run["name"], run["started_ms"]
-        self.run_id = self.store.create_run(self.experiment_id, key, name, begun, spec, tags, environment["data_digest"])
+        self.run_id = self.store.create_run(
+            self.experiment_id, key, name, begun, spec, tags, environment["data_digest"]
+        )
         self._note(None, None)
 
     def _close(self) -> None:
@@ -265,11 +315,18 @@ class Carrier:
         end = records[-1].fields if _has_ended(records) else SILENT_END
         status, reason = end["status"], end["reason"]
         if readable < self.offset:
-            status, reason = "FAILED", f"the journal is damaged at byte {readable:,} of the {self.offset:,} that were stored"
+            status, reason = (
+                "FAILED",
+                f"the journal is damaged at byte {readable:,} of the {self.offset:,} that were stored",
+            )
         wrong = self._wrong_counts(records)
         if wrong and status == "FINISHED":
             status, reason = "FAILED", f"the store does not hold the points that were sent: {wrong}"
-        final = next((record.fields for record in records if record.kind == "final"), None) if status == "FINISHED" else None
+        final = (
+            next((record.fields for record in records if record.kind == "final"), None)
+            if status == "FINISHED"
+            else None
+        )
         weights, predictions = None, None
         if final:
             from fmnist import checkpoint
@@ -286,12 +343,24 @@ class Carrier:
             manifest = self._lay_out(Path(scratch), records, predictions)
             self.store.client.log_artifacts(self.run_id, scratch)
         if final and weights:
-            metrics = {key: value for key, value in final["metrics"].items() if key.startswith(("last/", "test/"))}
+            metrics = {
+                key: value
+                for key, value in final["metrics"].items()
+                if key.startswith(("last/", "test/"))
+            }
             module, example = self._servable(weights["parameters"])
             data = self.environment["data_digest"]
-            self.store.log_model(self.run_id, module, example, weights["step"], metrics, final["t"], self.spec, data)
-        self.store.set_tags(self.run_id, {"manifest_sha256": manifest, **self._closing_tags(records, status, reason, final)})
-        times = [int(record.fields["t1"] if record.kind == "train" else record.fields["t"]) for record in records]
+            self.store.log_model(
+                self.run_id, module, example, weights["step"], metrics, final["t"], self.spec, data
+            )
+        self.store.set_tags(
+            self.run_id,
+            {"manifest_sha256": manifest, **self._closing_tags(records, status, reason, final)},
+        )
+        times = [
+            int(record.fields["t1"] if record.kind == "train" else record.fields["t"])
+            for record in records
+        ]
         self.store.close_run(self.run_id, status, max(times, default=self.folder.run["started_ms"]))
         if self.store.stale:  # all of this went into a file that is no more
             raise StoreError("the database was deleted or replaced meanwhile")
@@ -303,25 +372,46 @@ class Carrier:
         if self.store.count(self.run_id, expected) != expected:
             self._send(records)
         stored = self.store.count(self.run_id, expected)
-        return ", ".join(f"{key} {stored[key]} of {count}" for key, count in expected.items() if stored[key] != count)
+        return ", ".join(
+            f"{key} {stored[key]} of {count}"
+            for key, count in expected.items()
+            if stored[key] != count
+        )
 
-    def _closing_tags(self, records: list[Record], status: str, reason: str | None, final: dict[str, Any] | None) -> dict[str, Any]:
+    def _closing_tags(
+        self, records: list[Record], status: str, reason: str | None, final: dict[str, Any] | None
+    ) -> dict[str, Any]:
         """How the run ended, and its page in MLflow: what was asked, what came out, how to repeat it."""
         page = [self.spec.question, ""] if self.spec.question else []
         if reason:
             page += [f"**{status}**: {reason}", ""]
         if final:
             page += [*in_words(final), f"Training took {final['training_s']:.1f} s.", ""]
-        known = ("weights", "collapsed_at", "stopped_early_at", "pruned_at", "recording_s", "training_s")
+        known = (
+            "weights",
+            "collapsed_at",
+            "stopped_early_at",
+            "pruned_at",
+            "recording_s",
+            "training_s",
+        )
         tags = {key: (final or {}).get(key) for key in known}
         end = records[-1].fields if _has_ended(records) else SILENT_END
-        tags["outcome"] = end.get("outcome", OUTCOMES[status]) if status == end["status"] else OUTCOMES[status]
+        tags["outcome"] = (
+            end.get("outcome", OUTCOMES[status]) if status == end["status"] else OUTCOMES[status]
+        )
         if resumed := [record.fields["step"] for record in records if record.kind == "resume"]:
             tags |= {"resumes": len(resumed), "resumed_from_step": resumed[-1]}
         page.append(f"Repeat: `{self.environment['command']}`")
-        return {**tags, "reason": reason[:500] if reason else None, "mlflow.note.content": "\n".join(page)}
+        return {
+            **tags,
+            "reason": reason[:500] if reason else None,
+            "mlflow.note.content": "\n".join(page),
+        }
 
-    def _lay_out(self, folder: Path, records: list[Record], predictions: "pd.DataFrame | None") -> str:
+    def _lay_out(
+        self, folder: Path, records: list[Record], predictions: "pd.DataFrame | None"
+    ) -> str:
         """Lay out a run's artifacts and their manifest; returns the manifest's SHA-256."""
         from fmnist import plots
 
@@ -333,14 +423,28 @@ class Carrier:
         figures = folder / "figures"
         figures.mkdir()
         if frame["val/loss"].notna().any():
-            best = next((int(record.fields["metrics"]["best/step"]) for record in records if record.kind == "final"), None)
-            plots.learning_curves(frame, title, self.spec.steps_per_epoch, best).savefig(figures / "learning_curves.png", **PNG)
+            best = next(
+                (
+                    int(record.fields["metrics"]["best/step"])
+                    for record in records
+                    if record.kind == "final"
+                ),
+                None,
+            )
+            plots.learning_curves(frame, title, self.spec.steps_per_epoch, best).savefig(
+                figures / "learning_curves.png", **PNG
+            )
         if predictions is not None:
             predictions.to_parquet(folder / "predictions.parquet", index=False)
             selected = predictions[predictions["split"] == "val"]
             predicted = selected.filter(like="logit_").to_numpy().argmax(1)
-            plots.confusion_matrix(selected["label"].to_numpy(), predicted, title).savefig(figures / "confusion_matrix.png", **PNG)
-        digests = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*.*"))}
+            plots.confusion_matrix(selected["label"].to_numpy(), predicted, title).savefig(
+                figures / "confusion_matrix.png", **PNG
+            )
+        digests = {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*.*"))
+        }
         manifest = json.dumps(digests, indent=2).encode()
         (folder / "manifest.json").write_bytes(manifest)
         return hashlib.sha256(manifest).hexdigest()
@@ -361,8 +465,12 @@ class Carrier:
         network = model.build(self.spec.model, self.spec.train.seed)
         if parameters is not None:
             torch.nn.utils.vector_to_parameters(parameters, network.parameters())
-            network = copy.deepcopy(network)  # else views of one tensor, which torch.export would have to take apart
-        return model.Servable(network, *data.normalization(self.spec.data)).eval(), data.raw_images(self.store.root, 2)
+            network = copy.deepcopy(
+                network
+            )  # else views of one tensor, which torch.export would have to take apart
+        return model.Servable(network, *data.normalization(self.spec.data)).eval(), data.raw_images(
+            self.store.root, 2
+        )
 
 
 def _has_ended(records: list[Record]) -> bool:
@@ -379,7 +487,13 @@ def _predictions(path: Path) -> "pd.DataFrame":
     frames = []
     for split in ("val", "test"):
         if f"{split}_logits" in arrays:
-            images = pd.DataFrame({"split": split, "index": arrays[f"{split}_index"], "label": arrays[f"{split}_labels"]})
+            images = pd.DataFrame(
+                {
+                    "split": split,
+                    "index": arrays[f"{split}_index"],
+                    "label": arrays[f"{split}_labels"],
+                }
+            )
             frames.append(images.join(pd.DataFrame(arrays[f"{split}_logits"]).add_prefix("logit_")))
     return pd.concat(frames, ignore_index=True)
 

@@ -33,7 +33,9 @@ DEFINING = ("data", "model", "optimizer", "schedule", "train")
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Data(Section):
@@ -47,7 +49,9 @@ class Data(Section):
 
 class MLP(Section):
     type: Literal["mlp"] = "mlp"
-    hidden: tuple[Annotated[int, Field(ge=1, le=16_384)], ...] = Field(default=(300, 100), max_length=16, strict=False)
+    hidden: tuple[Annotated[int, Field(ge=1, le=16_384)], ...] = Field(
+        default=(300, 100), max_length=16, strict=False
+    )
     """Units of each hidden layer, input side first."""
     activation: Literal["relu", "tanh", "sigmoid"] = "relu"
 
@@ -75,12 +79,16 @@ class SGD(Update):
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> "SGD":
         if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0: set optimizer.momentum, or nesterov: false")
+            raise ValueError(
+                "nesterov needs a momentum above 0: set optimizer.momentum, or nesterov: false"
+            )
         return self
 
 
 class Adaptive(Update):
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(default=(0.9, 0.999), strict=False)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.999), strict=False
+    )
     """Decay of the running means of the gradient and of its square, per step."""
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
 
@@ -160,7 +168,9 @@ class Train(Section):
 
 
 class Tracking(Section):
-    experiment: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "fashion-mnist"
+    experiment: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = (
+        "fashion-mnist"
+    )
     """The MLflow experiment that the run is filed under."""
     log_every: Annotated[int, Field(ge=1)] = 1
     """Steps between two training points in MLflow; curves.parquet always has every step."""
@@ -186,7 +196,9 @@ def valid_name(name: str) -> str:
 
 def readable(text: str) -> str:
     if not text.replace("\n", "").isprintable():
-        raise ValueError(f"given {shorten(text)}; only characters that can be printed, and line ends, are taken")
+        raise ValueError(
+            f"given {shorten(text)}; only characters that can be printed, and line ends, are taken"
+        )
     return text
 
 
@@ -198,7 +210,9 @@ class ExperimentSpec(Section):
     data: Data = Data()
     model: Model = MLP()
     optimizer: Annotated[SGD | Adam | AdamW, Field(discriminator="type")] = SGD()
-    schedule: Annotated[Constant | Step | Cosine | Linear | OneCycle, Field(discriminator="type")] = Constant()
+    schedule: Annotated[
+        Constant | Step | Cosine | Linear | OneCycle, Field(discriminator="type")
+    ] = Constant()
     train: Train = Train()
     tracking: Tracking = Tracking()
     compute: Compute = Compute()
@@ -210,11 +224,17 @@ class ExperimentSpec(Section):
                 f"train.batch_size: {self.train.batch_size} exceeds the {self.train_images} images trained on; give at most that"
             )
         if self.steps > MAX_STEPS:
-            raise ValueError(f"train.epochs: {self.train.epochs} makes {self.steps:,} steps; a run has at most {MAX_STEPS:,} steps")
+            raise ValueError(
+                f"train.epochs: {self.train.epochs} makes {self.steps:,} steps; a run has at most {MAX_STEPS:,} steps"
+            )
         if self.steps // self.train.eval_every > MAX_EVALUATIONS:
-            raise ValueError(f"train.eval_every: {self.train.eval_every} is too small; a run has at most {MAX_EVALUATIONS:,} evaluations")
+            raise ValueError(
+                f"train.eval_every: {self.train.eval_every} is too small; a run has at most {MAX_EVALUATIONS:,} evaluations"
+            )
         if (warmup := self.schedule.warmup_steps) >= self.steps:
-            raise ValueError(f"schedule.warmup_steps: {warmup} leaves nothing of the run's {self.steps} steps; give fewer, or more epochs")
+            raise ValueError(
+                f"schedule.warmup_steps: {warmup} leaves nothing of the run's {self.steps} steps; give fewer, or more epochs"
+            )
         return self
 
     @property
@@ -248,7 +268,14 @@ class ExperimentSpec(Section):
         """What runs that are trained in the same steps share: all but seeds, early stopping, the schedule and the optimizer's rates."""
         train = self.train.model_dump(exclude={"seed", "early_stopping"})
         optimizer = self.optimizer.model_dump(exclude={"lr", "momentum", "weight_decay"})
-        return _digest({"data": self.data.model_dump(), "model": self.model.model_dump(), "train": train, "optimizer": optimizer})
+        return _digest(
+            {
+                "data": self.data.model_dump(),
+                "model": self.model.model_dump(),
+                "train": train,
+                "optimizer": optimizer,
+            }
+        )
 
     def _definition(self, without_seed: bool = False) -> dict[str, Any]:
         changed = self.model_dump(mode="json", include=set(DEFINING), exclude_defaults=True)
@@ -265,12 +292,23 @@ class ExperimentSpec(Section):
     def differences(self, other: Mapping[str, Any]) -> str:
         """What differs in the defining fields from another spec's `flat`, in words; empty where nothing does."""
         here = self.flat()
-        paths = sorted(path for path in {*here, *other} if path.partition(".")[0] in DEFINING and here.get(path) != other.get(path))
-        return ", ".join(f"{path} {shorten(other.get(path))} there, {shorten(here.get(path))} here" for path in paths)
+        paths = sorted(
+            path
+            for path in {*here, *other}
+            if path.partition(".")[0] in DEFINING and here.get(path) != other.get(path)
+        )
+        return ", ".join(
+            f"{path} {shorten(other.get(path))} there, {shorten(here.get(path))} here"
+            for path in paths
+        )
 
     def logged_steps(self, last: int | None = None) -> range:
         """The steps up to `last` whose training loss and accuracy go to MLflow."""
-        return range(self.tracking.log_every, (self.steps if last is None else last) + 1, self.tracking.log_every)
+        return range(
+            self.tracking.log_every,
+            (self.steps if last is None else last) + 1,
+            self.tracking.log_every,
+        )
 
 
 def shorten(value: Any) -> str:
@@ -307,7 +345,9 @@ def plan(spec: ExperimentSpec) -> list[Segment]:
     """Every step of the run once, cut where it is evaluated and at least each SEGMENT_STEPS; the first segment evaluates at step 0."""
     evaluations = {*range(0, spec.steps, spec.train.eval_every), spec.steps}
     cuts = sorted(evaluations | set(range(0, spec.steps, SEGMENT_STEPS)))
-    return [Segment(0, 0, True)] + [Segment(start, stop, stop in evaluations) for start, stop in pairwise(cuts)]
+    return [Segment(0, 0, True)] + [
+        Segment(start, stop, stop in evaluations) for start, stop in pairwise(cuts)
+    ]
 
 
 # ---- the surroundings
@@ -325,7 +365,9 @@ def tracking_server() -> str | None:
     if given == f"sqlite:///{home() / 'mlruns' / 'mlflow.db'}":
         return None  # set for mlflow's own commands; it is the local store by its other name
     if given and not re.match(r"https?://[^/]", given):
-        raise StoreError(f"MLFLOW_TRACKING_URI: given {redacted(given)!r}; give an http:// or https:// server, or unset it (local store)")
+        raise StoreError(
+            f"MLFLOW_TRACKING_URI: given {redacted(given)!r}; give an http:// or https:// server, or unset it (local store)"
+        )
     return given or None
 
 

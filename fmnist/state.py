@@ -55,8 +55,12 @@ def start_carrier(root: Path) -> "subprocess.Popen[bytes] | None":
     if is_locked(carrier_lock(root, specs.store_name())):
         return None
     command = [sys.executable, "-m", "fmnist.sidecar", str(root)]
-    with open(root / "mlruns" / "sidecar.log", "ab") as log:  # in a session of its own: Ctrl-C reaches the trainer only
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    with open(
+        root / "mlruns" / "sidecar.log", "ab"
+    ) as log:  # in a session of its own: Ctrl-C reaches the trainer only
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
 
 
 def is_locked(path: Path) -> bool:
@@ -76,7 +80,9 @@ def signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         caught.append(number)
-        if len(caught) > 1:  # who asks twice doesn't want to wait, neither for a segment nor for a store
+        if (
+            len(caught) > 1
+        ):  # who asks twice doesn't want to wait, neither for a segment nor for a store
             raise KeyboardInterrupt
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -91,10 +97,23 @@ class Journal:
     """The state folder of a run that is training: made whole before it is visible, locked until the trainer ends."""
 
     def __init__(self, folder: Path, lock: int, records: Sequence[Record], size: int = 0) -> None:
-        self.folder, self.records, self.recorded, self.size = folder, records, Recorded(records), size
-        self.elapsed_s: float = max((record.fields["elapsed_s"] for record in records if record.kind == "train"), default=0.0)
-        self._lock, self.exact = lock, True  # whether what is computed again has to equal what is on record
-        self._file = os.open(folder / "journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
+        self.folder, self.records, self.recorded, self.size = (
+            folder,
+            records,
+            Recorded(records),
+            size,
+        )
+        self.elapsed_s: float = max(
+            (record.fields["elapsed_s"] for record in records if record.kind == "train"),
+            default=0.0,
+        )
+        self._lock, self.exact = (
+            lock,
+            True,
+        )  # whether what is computed again has to equal what is on record
+        self._file = os.open(
+            folder / "journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        )
         os.ftruncate(self._file, size)  # what is torn off at its end is cut
         os.ftruncate(lock, 0)
         os.pwrite(lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
@@ -111,19 +130,37 @@ class Journal:
         records: Sequence[Record] = (),
     ) -> Self:
         """Start a run, with the records of the run (its id) that it extends; raises OSError where mlruns/ can't be written."""
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")  # the same spec may be started several times within a second
-        folder = state_folder(root) / f"{spec.name}-s{spec.train.seed}-{spec.fingerprint[:8]}-{stamp}"
+        stamp = datetime.now(UTC).strftime(
+            "%Y%m%dT%H%M%S%f"
+        )  # the same spec may be started several times within a second
+        folder = (
+            state_folder(root) / f"{spec.name}-s{spec.train.seed}-{spec.fingerprint[:8]}-{stamp}"
+        )
         partial = folder.with_name(f".{folder.name}-{os.getpid()}")
-        started = min([now_ms(), *(record.fields["t0"] for record in records if record.kind == "train")])
-        run = {"key": folder.name, "name": display_name, "fingerprint": spec.fingerprint, "group": spec.group, "started_ms": started}
+        started = min(
+            [now_ms(), *(record.fields["t0"] for record in records if record.kind == "train")]
+        )
+        run = {
+            "key": folder.name,
+            "name": display_name,
+            "fingerprint": spec.fingerprint,
+            "group": spec.group,
+            "started_ms": started,
+        }
         partial.mkdir(parents=True)
         try:
             lock = os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
             fcntl.flock(lock, fcntl.LOCK_EX)
-            (partial / "run.json").write_text(json.dumps({**run, "store": store, "extends": extends}), encoding="utf-8")
+            (partial / "run.json").write_text(
+                json.dumps({**run, "store": store, "extends": extends}), encoding="utf-8"
+            )
             (partial / "spec.yaml").write_text(experiments.dump(spec), encoding="utf-8")
-            (partial / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
-            for path in partial.iterdir():  # a journal without its spec would be of no use after a power loss
+            (partial / "environment.json").write_text(
+                json.dumps(environment, indent=2), encoding="utf-8"
+            )
+            for path in (
+                partial.iterdir()
+            ):  # a journal without its spec would be of no use after a power loss
                 with open(path) as file:
                     os.fsync(file.fileno())
             made = cls(partial, lock, records)
@@ -150,26 +187,45 @@ class Journal:
                     break
                 time.sleep(0.005)
             else:
-                raise StoreError(f"{state.path.name} is being trained by {state.holder}; --fresh starts another run")
+                raise StoreError(
+                    f"{state.path.name} is being trained by {state.holder}; --fresh starts another run"
+                )
             journal = state.path / "journal"
             records, end = read(journal)
             if end < state.carried.get("offset", 0):
-                raise StoreError(f"{journal} is damaged at byte {end:,}, where MLflow holds more already; --fresh starts another run")
+                raise StoreError(
+                    f"{journal} is damaged at byte {end:,}, where MLflow holds more already; --fresh starts another run"
+                )
             if not state.unfinished or not state.path.exists():
-                raise StoreError(f"{state.path.name} has ended, there is nothing to continue; `fmnist sync` carries it into MLflow")
+                raise StoreError(
+                    f"{state.path.name} has ended, there is nothing to continue; `fmnist sync` carries it into MLflow"
+                )
             return cls(state.path, lock, records, end)
         except BaseException:
             os.close(lock)
             raise
 
-    def train(self, first: int, arrays: dict[str, np.ndarray], started_ms: int, ended_ms: int, seconds: float) -> None:
+    def train(
+        self,
+        first: int,
+        arrays: dict[str, np.ndarray],
+        started_ms: int,
+        ended_ms: int,
+        seconds: float,
+    ) -> None:
         """Append the steps from `first` on, done in `seconds` of training, or compare those on record; raises Irreproducible."""
         self._compare(self.recorded.unequal_steps(first, arrays))
         known = max(0, self.recorded.last + 1 - first)
         arrays = {name: array[known:].astype(ARRAYS[name]) for name, array in arrays.items()}
         if count := len(arrays["loss"]):
             self.elapsed_s += seconds
-            fields = {"first": first + known, "count": count, "t0": started_ms, "t1": ended_ms, "elapsed_s": self.elapsed_s}
+            fields = {
+                "first": first + known,
+                "count": count,
+                "t0": started_ms,
+                "t1": ended_ms,
+                "elapsed_s": self.elapsed_s,
+            }
             self._append(Record("train", fields, arrays))
 
     def evaluation(self, step: int, measured: dict[str, Any]) -> None:
@@ -192,14 +248,20 @@ class Journal:
     def _compare(self, unequal: list[Unequal]) -> None:
         if unequal and self.exact:
             first = min(unequal, key=lambda difference: difference.step)
-            raise Irreproducible(f"this machine does not repeat its own results: {first}; start anew with --fresh")
+            raise Irreproducible(
+                f"this machine does not repeat its own results: {first}; start anew with --fresh"
+            )
 
     def _append(self, record: Record) -> None:
         encoded = encode(record)
         written = os.write(self._file, encoded)
         if written != len(encoded):
             os.ftruncate(self._file, self.size)  # else what comes after could not be read
-            raise OSError(errno.ENOSPC, f"{written} of {len(encoded)} bytes written", str(self.folder / "journal"))
+            raise OSError(
+                errno.ENOSPC,
+                f"{written} of {len(encoded)} bytes written",
+                str(self.folder / "journal"),
+            )
         self.size += written
 
     def flush(self) -> None:
@@ -228,9 +290,13 @@ class StateFolder:
     def spec(self) -> specs.ExperimentSpec:
         """The run's spec; raises UserError where the file no longer holds it."""
         path = self.path / "spec.yaml"
-        spec: specs.ExperimentSpec = self._parsed("spec.yaml", lambda text: experiments.parse(text, str(path)))
+        spec: specs.ExperimentSpec = self._parsed(
+            "spec.yaml", lambda text: experiments.parse(text, str(path))
+        )
         if spec.fingerprint != (fingerprint := self.run.get("fingerprint", spec.fingerprint)):
-            raise StoreError(f"{path} was changed: it gives the fingerprint {spec.fingerprint[:8]}, the run has {fingerprint[:8]}")
+            raise StoreError(
+                f"{path} was changed: it gives the fingerprint {spec.fingerprint[:8]}, the run has {fingerprint[:8]}"
+            )
         return spec
 
     @property
@@ -242,7 +308,9 @@ class StateFolder:
         try:
             return parse((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise StoreError(f"{self.path / name} can't be read: {error}; give the run up with --fresh") from None
+            raise StoreError(
+                f"{self.path / name} can't be read: {error}; give the run up with --fresh"
+            ) from None
 
     @property
     def resumable(self) -> bool:
@@ -256,7 +324,9 @@ class StateFolder:
         records, end = read(self.path / "journal")
         if note.get("closed") == "DELETED" or end < note.get("offset", 0):
             return False
-        last = next((record for record in reversed(records) if record.kind in ("end", "resume")), None)
+        last = next(
+            (record for record in reversed(records) if record.kind in ("end", "resume")), None
+        )
         return last is None or bool(last.fields.get("resumable", last.kind == "resume"))
 
     @property
@@ -286,11 +356,21 @@ class StateFolder:
             return Result("running", f"being trained by {self.holder}")
         fields: dict[str, Any] = {}
         for record in read(self.path / "journal")[0]:
-            fields = fields | record.fields if record.kind in ("final", "end") else {} if record.kind == "resume" else fields
+            fields = (
+                fields | record.fields
+                if record.kind in ("final", "end")
+                else {}
+                if record.kind == "resume"
+                else fields
+            )
         outcome = fields.get("outcome", {"FINISHED": "finished"}.get(fields.get("status", "")))
         if outcome is None or self.carried.get("closed") == "DELETED":
             return None
-        return Result(outcome, f"on its way into MLflow from {self.path.name}", fields.get("metrics", {}).get("last/val_accuracy"))
+        return Result(
+            outcome,
+            f"on its way into MLflow from {self.path.name}",
+            fields.get("metrics", {}).get("last/val_accuracy"),
+        )
 
     def note(self, **fields: Any) -> None:
         """Replace the carrier's note, whole or not at all."""
@@ -315,10 +395,17 @@ class StateFolder:
 def find(root: Path, text: str) -> StateFolder:
     """The run in mlruns/state/ whose key or MLflow id begins like this; raises StoreError where that isn't one."""
     folders = state_folders(root)
-    found = [folder for folder in folders if folder.path.name.startswith(text) or (folder.carried.get("run_id") or "").startswith(text)]
+    found = [
+        folder
+        for folder in folders
+        if folder.path.name.startswith(text)
+        or (folder.carried.get("run_id") or "").startswith(text)
+    ]
     if len(found) != 1:
         known = ", ".join(folder.path.name for folder in found or folders) or "none"
-        raise StoreError(f"{text!r} fits {len(found)} of the runs that are on disk; there are: {known}")
+        raise StoreError(
+            f"{text!r} fits {len(found)} of the runs that are on disk; there are: {known}"
+        )
     return found[0]
 
 
@@ -333,7 +420,11 @@ def state_folders(root: Path) -> list[StateFolder]:
 
 def at_hand(root: Path) -> dict[str, Result]:
     """Fingerprints of the runs on disk that are finished, diverged, pruned or being trained, and what is known of each."""
-    return {folder.run["fingerprint"]: result for folder in state_folders(root) if (result := folder.result)}
+    return {
+        folder.run["fingerprint"]: result
+        for folder in state_folders(root)
+        if (result := folder.result)
+    }
 
 
 class Claims:

@@ -26,20 +26,41 @@ def table(store: Store, trials: Sequence[Trial]) -> "pd.DataFrame":
     import pandas as pd
 
     runs, wanted = store.runs(status=None), {trial.fingerprint: trial for trial in trials}
-    columns = {"t/outcome": "outcome", "m/last/val_accuracy": "accuracy", "t/training_s": "seconds", "run_id": "run_id"}
-    columns |= {"experiment_id": "experiment_id", "start": "start", "end": "end", "t/fingerprint": "fingerprint"}
+    columns = {
+        "t/outcome": "outcome",
+        "m/last/val_accuracy": "accuracy",
+        "t/training_s": "seconds",
+        "run_id": "run_id",
+    }
+    columns |= {
+        "experiment_id": "experiment_id",
+        "start": "start",
+        "end": "end",
+        "t/fingerprint": "fingerprint",
+    }
     found = runs.reindex(columns=list(columns)).rename(columns=columns)
-    found = found[found["fingerprint"].isin(list(wanted)) & found["outcome"].isin(["finished", "diverged", "pruned"])]
-    found = found.sort_values("outcome", key=lambda names: names.map({"finished": 2, "diverged": 1, "pruned": 0}), kind="stable")
+    found = found[
+        found["fingerprint"].isin(list(wanted))
+        & found["outcome"].isin(["finished", "diverged", "pruned"])
+    ]
+    found = found.sort_values(
+        "outcome",
+        key=lambda names: names.map({"finished": 2, "diverged": 1, "pruned": 0}),
+        kind="stable",
+    )
     found = found.drop_duplicates("fingerprint", keep="last")
     of = [wanted[fingerprint] for fingerprint in found["fingerprint"]]
-    swept = {path: [trial.settings[path] for trial in of] for path in (of[0].settings if of else ())}
+    swept = {
+        path: [trial.settings[path] for trial in of] for path in (of[0].settings if of else ())
+    }
     told = {
         "trial": [trial.number for trial in of],
         "name": [trial.name for trial in of],
         "seed": [trial.resolved.spec.train.seed for trial in of],
     }
-    table = pd.DataFrame({**told, **swept}, index=found.index).join(found).astype({"seconds": float})
+    table = (
+        pd.DataFrame({**told, **swept}, index=found.index).join(found).astype({"seconds": float})
+    )
     return table.sort_values("accuracy", ascending=False, ignore_index=True)
 
 
@@ -91,8 +112,15 @@ def write(store: Store, sweep: Sweep, trials: Sequence[Trial], total: int) -> No
                 "outcome": "finished" if len(rows) >= total else "incomplete", "mlflow.note.content": _page(sweep, rows, total, top, importance),
             }  # fmt: skip
             search = sweep.spec.search
-            method = search.model_dump(include={"sampler", "pruner", "trials", "seed"}) if search else {"sampler": "grid"}
-            parameters = {f"sweep.{key}": str(value) for key, value in {"base": sweep.spec.base, **method}.items()}
+            method = (
+                search.model_dump(include={"sampler", "pruner", "trials", "seed"})
+                if search
+                else {"sampler": "grid"}
+            )
+            parameters = {
+                f"sweep.{key}": str(value)
+                for key, value in {"base": sweep.spec.base, **method}.items()
+            }
             if top:
                 parameters |= {path: str(value) for path, value in top[0].settings.items()}
             new = Derived(
@@ -103,22 +131,34 @@ def write(store: Store, sweep: Sweep, trials: Sequence[Trial], total: int) -> No
 
 
 def _lay_out(
-    folder: Path, sweep: Sweep, rows: "pd.DataFrame", trials: Sequence[Trial], top: "tuple[Trial, pd.Series] | None"
+    folder: Path,
+    sweep: Sweep,
+    rows: "pd.DataFrame",
+    trials: Sequence[Trial],
+    top: "tuple[Trial, pd.Series] | None",
 ) -> dict[str, float]:
     """Lay out the sweep run's artifacts; returns the importances."""
     from fmnist import plots
     from fmnist.search import importances
 
-    (folder / "sweep.yaml").write_text((sweep.root / place(sweep.name)).read_text(encoding="utf-8"), encoding="utf-8")
+    (folder / "sweep.yaml").write_text(
+        (sweep.root / place(sweep.name)).read_text(encoding="utf-8"), encoding="utf-8"
+    )
     rows.drop(columns=["experiment_id", "start", "end"]).to_csv(folder / "trials.csv", index=False)
     finished = rows[rows["outcome"] == "finished"]
     by_number = {trial.number: trial for trial in trials}
     accuracies = zip(finished["trial"], finished["accuracy"], strict=True)
-    importance = importances(sweep, [(by_number[number].settings, value) for number, value in accuracies])
+    importance = importances(
+        sweep, [(by_number[number].settings, value) for number, value in accuracies]
+    )
     if top:
         (folder / "best.yaml").write_text(as_experiment(sweep, *top), encoding="utf-8")
         plots.sweep(
-            {path: list(rows[path]) for path in sweep.paths}, _logarithmic(sweep), rows["accuracy"], rows["outcome"], importance
+            {path: list(rows[path]) for path in sweep.paths},
+            _logarithmic(sweep),
+            rows["accuracy"],
+            rows["outcome"],
+            importance,
         ).savefig(folder / "sweep.png")
     return importance
 
@@ -129,7 +169,11 @@ def _logarithmic(sweep: Sweep) -> list[str]:
 
     if sweep.spec.search:
         return [path for path, dimension in sweep.spec.search.space.items() if dimension.log]
-    numeric = {path: values for path, values in sweep.spec.grid.items() if all(isinstance(value, int | float) for value in values)}
+    numeric = {
+        path: values
+        for path, values in sweep.spec.grid.items()
+        if all(isinstance(value, int | float) for value in values)
+    }
     return [path for path, values in numeric.items() if plots.logarithmic(values)]
 
 
@@ -138,20 +182,39 @@ def _points(rows: "pd.DataFrame") -> Iterator[Point]:
     ended = int(rows["end"].max())
     by_trial = rows[rows["outcome"] == "finished"].set_index("trial")["accuracy"].sort_index()
     for key, column in (("trial/val_accuracy", by_trial), ("trial/best_so_far", by_trial.cummax())):
-        yield from (Point(key, float(value), ended, int(number)) for number, value in zip(column.index, column, strict=True))
+        yield from (
+            Point(key, float(value), ended, int(number))
+            for number, value in zip(column.index, column, strict=True)
+        )
     if len(by_trial):
         yield Point("best/val_accuracy", float(by_trial.max()), ended, 0)
 
 
-def _page(sweep: Sweep, rows: "pd.DataFrame", total: int, top: "tuple[Trial, pd.Series] | None", importance: dict[str, float]) -> str:
+def _page(
+    sweep: Sweep,
+    rows: "pd.DataFrame",
+    total: int,
+    top: "tuple[Trial, pd.Series] | None",
+    importance: dict[str, float],
+) -> str:
     """The page of the sweep's run."""
-    counted = ", ".join(f"{count} {outcome}" for outcome, count in rows["outcome"].value_counts().items())
+    counted = ", ".join(
+        f"{count} {outcome}" for outcome, count in rows["outcome"].value_counts().items()
+    )
     lines = [sweep.spec.question, "", f"{len(rows)} of {total} trials: {counted}.", ""]
     if top:
-        lines += ["Best settings, by the mean over their seeds (`best.yaml`):", "", "```yaml", as_experiment(sweep, *top), "```", ""]
+        lines += [
+            "Best settings, by the mean over their seeds (`best.yaml`):",
+            "",
+            "```yaml",
+            as_experiment(sweep, *top),
+            "```",
+            "",
+        ]
     if importance:
         lines += [
-            "Share of each field in how the accuracy varies: " + ", ".join(f"{path} {share:.2f}" for path, share in importance.items()),
+            "Share of each field in how the accuracy varies: "
+            + ", ".join(f"{path} {share:.2f}" for path, share in importance.items()),
             "",
         ]
     header = ["trial", "name", "outcome", "accuracy"]

@@ -66,18 +66,30 @@ class Standing:
 
     total: int
     trials: dict[int, Trial] = field(default_factory=dict)
-    running: dict[int, Progress | None] = field(default_factory=dict)  # here; None before there is anything to tell
+    running: dict[int, Progress | None] = field(
+        default_factory=dict
+    )  # here; None before there is anything to tell
     elsewhere: set[int] = field(default_factory=set)  # trained by others
     results: dict[int, Result] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)  # why
-    trained: list[dict[str, Any]] = field(default_factory=list)  # the outcomes of the runs that ended here
+    trained: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # the outcomes of the runs that ended here
     interrupted: int | None = None  # by this signal
 
     @property
     def best(self) -> Trial | None:
         """Of single runs; with several seeds the sweep's run has the means."""
-        finished = {number: result for number, result in self.results.items() if result.outcome == "finished"}
-        found = {number: result.accuracy for number, result in finished.items() if result.accuracy is not None}
+        finished = {
+            number: result
+            for number, result in self.results.items()
+            if result.outcome == "finished"
+        }
+        found = {
+            number: result.accuracy
+            for number, result in finished.items()
+            if result.accuracy is not None
+        }
         return self.trials[max(found, key=lambda number: found[number])] if found else None
 
 
@@ -135,7 +147,9 @@ class Conduct:
     def complete(self) -> bool:
         """Whether every trial is there or has failed; a search is asked for its next trials on the way."""
         standing = self.standing
-        return not standing.running and len(standing.results) + len(standing.failed) >= standing.total
+        return (
+            not standing.running and len(standing.results) + len(standing.failed) >= standing.total
+        )
 
     def look(self) -> None:
         """Take over what is known by now of the trials that are not being trained here."""
@@ -183,7 +197,10 @@ class Conduct:
                 case Progress():
                     self.standing.running[event.number] = event
                     if event.evaluated:
-                        self.workers.answer(event.number, self.source.prune(event.number, event.step, event.accuracy))
+                        self.workers.answer(
+                            event.number,
+                            self.source.prune(event.number, event.step, event.accuracy),
+                        )
                 case Ended():
                     self.standing.running.pop(event.number, None)
                     self._end(event.number, event.outcome)
@@ -200,8 +217,16 @@ class Conduct:
             return
         self.standing.trained.append(outcome)
         if outcome["status"] == "FINISHED" or outcome.get("diverged"):
-            how = "diverged" if outcome["diverged"] else "finished" if outcome["pruned_at"] is None else "pruned"
-            self.standing.results[number] = Result(how, "trained here", outcome["metrics"].get("last/val_accuracy"))
+            how = (
+                "diverged"
+                if outcome["diverged"]
+                else "finished"
+                if outcome["pruned_at"] is None
+                else "pruned"
+            )
+            self.standing.results[number] = Result(
+                how, "trained here", outcome["metrics"].get("last/val_accuracy")
+            )
             self.source.tell(number, self.standing.results[number])
         elif outcome["status"] == "FAILED":
             self.standing.failed[number] = outcome["reason"]
@@ -210,10 +235,14 @@ class Conduct:
         """A worker died over a trial; it is given out again unless it keeps doing that."""
         progress = self.standing.running.pop(number, None)
         step = 0 if progress is None else progress.step
-        self._crashes[number] = 1 if step > self._reached.get(number, -1) else self._crashes[number] + 1
+        self._crashes[number] = (
+            1 if step > self._reached.get(number, -1) else self._crashes[number] + 1
+        )
         self._reached[number] = max(step, self._reached.get(number, -1))
         if self._crashes[number] >= CRASHES:
-            self.standing.failed[number] = f"its worker died {CRASHES} times at step {step:,} or before (out of memory?)"
+            self.standing.failed[number] = (
+                f"its worker died {CRASHES} times at step {step:,} or before (out of memory?)"
+            )
 
 
 def _end(workers: Workers) -> None:
@@ -233,6 +262,10 @@ def finish(sweep: Sweep, standing: Standing, sync: bool, say: Callable[[str], No
     runner.hand_over(outcomes, runner.Context(sweep.root, sync, say))
     late = [outcome for outcome in outcomes if outcome.unsynced and sync]
     if late:
-        say(f"{len(late)} runs are not in MLflow yet: {late[0].unsynced}; `fmnist sync` carries them over")
+        say(
+            f"{len(late)} runs are not in MLflow yet: {late[0].unsynced}; `fmnist sync` carries them over"
+        )
     if sync and tracking.exists(sweep.root):
-        sweep_run.write(tracking.connect(sweep.root), sweep, list(standing.trials.values()), standing.total)
+        sweep_run.write(
+            tracking.connect(sweep.root), sweep, list(standing.trials.values()), standing.total
+        )

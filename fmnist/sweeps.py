@@ -56,9 +56,13 @@ class Search(Section):
 
 def _defining(path: str) -> str:
     if path.partition(".")[0] not in specs.DEFINING or "." not in path:
-        raise ValueError(f"{path}: only fields that define a run can be swept, those of {', '.join(specs.DEFINING)}, as in optimizer.lr")
+        raise ValueError(
+            f"{path}: only fields that define a run can be swept, those of {', '.join(specs.DEFINING)}, as in optimizer.lr"
+        )
     if path in ("data.holdout", "data.split_seed"):
-        raise ValueError(f"{path}: trials that are validated on other images can't be compared; leave it to the base")
+        raise ValueError(
+            f"{path}: trials that are validated on other images can't be compared; leave it to the base"
+        )
     return path
 
 
@@ -137,7 +141,9 @@ class Sweep:
         trials: dict[str, Trial] = {}
         for seed in self.spec.seeds or (None,):
             for values in itertools.product(*self.spec.grid.values()) if self.spec.grid else ():
-                trial = self.trial(len(trials), dict(zip(self.spec.grid, values, strict=True)), seed)
+                trial = self.trial(
+                    len(trials), dict(zip(self.spec.grid, values, strict=True)), seed
+                )
                 trials.setdefault(trial.fingerprint, trial)
         return list(trials.values())
 
@@ -146,7 +152,11 @@ class Sweep:
         """What a search is continued by: the same base, space and sampler; asking for more trials goes on with it."""
         assert self.spec.search is not None
         searched = self.spec.search.model_dump(mode="json", exclude={"trials"})
-        digest = hashlib.sha256(json.dumps([self.base.spec.fingerprint, self.spec.seeds, searched], sort_keys=True).encode())
+        digest = hashlib.sha256(
+            json.dumps(
+                [self.base.spec.fingerprint, self.spec.seeds, searched], sort_keys=True
+            ).encode()
+        )
         return f"{self.name}-{digest.hexdigest()[:8]}"
 
 
@@ -163,7 +173,9 @@ def load(name: str, root: Path) -> Sweep:
     if name not in names(root):
         known = names(root)
         there = ", ".join(known) or f"none in {root / 'experiments' / 'sweeps'}"
-        raise SpecError(f"unknown sweep {specs.shorten(name)}{experiments.nearest(name, known)}; there are: {there}")
+        raise SpecError(
+            f"unknown sweep {specs.shorten(name)}{experiments.nearest(name, known)}; there are: {there}"
+        )
     values, origins = experiments.read_file(root / place(name), place(name))
     spec = experiments.validate(SweepSpec, values, origins, place(name))
     base = experiments.load(spec.base, root=root)
@@ -177,11 +189,18 @@ def load(name: str, root: Path) -> Sweep:
     for size in sizes:
         count *= size
     if count > MOST_TRIALS:
-        raise SpecError(f"{place(name)}: grid: makes {count:,} trials; a sweep has at most {MOST_TRIALS:,}")
+        raise SpecError(
+            f"{place(name)}: grid: makes {count:,} trials; a sweep has at most {MOST_TRIALS:,}"
+        )
     sweep = Sweep(name, spec, base, root)
     space = spec.search.space if spec.search else {}
-    ends = {path: dimension.choices or (dimension.low, dimension.high) for path, dimension in space.items()}
+    ends = {
+        path: dimension.choices or (dimension.low, dimension.high)
+        for path, dimension in space.items()
+    }
     for path, either in ends.items():
         for value in either:
-            sweep.trial(0, {**{other: those[0] for other, those in ends.items()}, path: value}, None)
+            sweep.trial(
+                0, {**{other: those[0] for other, those in ends.items()}, path: value}, None
+            )
     return sweep

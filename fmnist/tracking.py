@@ -61,7 +61,15 @@ VIEW_TAG = {
     f"mlflow.sharedViewState.{VIEW}": json.dumps(
         {
             "selectedColumns": [
-                *(f"metrics.`{key}`" for key in ("last/val_accuracy", "last/val_accuracy_std", "last/val_loss", "test/accuracy")),
+                *(
+                    f"metrics.`{key}`"
+                    for key in (
+                        "last/val_accuracy",
+                        "last/val_accuracy_std",
+                        "last/val_loss",
+                        "test/accuracy",
+                    )
+                ),
                 *(f"params.`{key}`" for key in ("optimizer.lr", "train.epochs")),
                 *(f"tags.`{key}`" for key in ("n", "outcome")),
             ],
@@ -70,7 +78,11 @@ VIEW_TAG = {
         }
     )
 }
-INFO = {key: key for key in ("run_id", "experiment_id", "status")} | {"name": "run_name", "start": "start_time", "end": "end_time"}
+INFO = {key: key for key in ("run_id", "experiment_id", "status")} | {
+    "name": "run_name",
+    "start": "start_time",
+    "end": "end_time",
+}
 CURVES = ["train/loss", "train/accuracy", "train/lr", "val/loss", "val/accuracy"]
 REGISTERED, CHAMPION, MODEL_VERSIONS = "fmnist", "champion", "mlflow.modelVersions"
 DATA_URL = "https://github.com/zalandoresearch/fashion-mnist"
@@ -91,9 +103,14 @@ def connect(root: Path, create: bool = False) -> "Store":
     os.environ.update(SETTINGS)
     if specs.tracking_server():
         return Store(root)
-    with told(f"{database(root)} can't be used", "make mlruns/ writable for you, restore the file, or move it away to start anew"):
+    with told(
+        f"{database(root)} can't be used",
+        "make mlruns/ writable for you, restore the file, or move it away to start anew",
+    ):
         if not create and not database(root).exists():
-            raise StoreError(f"no runs are recorded in {root / 'mlruns'} yet; start one with: make run EXP=baseline")
+            raise StoreError(
+                f"no runs are recorded in {root / 'mlruns'} yet; start one with: make run EXP=baseline"
+            )
         prepare(root)
         return Store(root)
 
@@ -102,8 +119,13 @@ def server(root: Path, address: str) -> "Store":
     """The store at a server's address; raises StoreError where none answers."""
     os.environ.update(SETTINGS)
     if not re.match(r"https?://[^/]", address):
-        raise StoreError(f"given {specs.redacted(address)!r}; give the address of an MLflow server: http://... or https://...")
-    with told(f"no MLflow server can be used at {specs.redacted(address)}", "start it, or see to MLFLOW_TRACKING_USERNAME and _PASSWORD"):
+        raise StoreError(
+            f"given {specs.redacted(address)!r}; give the address of an MLflow server: http://... or https://..."
+        )
+    with told(
+        f"no MLflow server can be used at {specs.redacted(address)}",
+        "start it, or see to MLFLOW_TRACKING_USERNAME and _PASSWORD",
+    ):
         store = Store(root, address.rstrip("/"))
         store.identity()
         return store
@@ -138,17 +160,23 @@ class Store:
         self.root, self.entities = root, entities
         self.local = address is None and specs.tracking_server() is None
         self._opened = database(root).stat() if self.local else None
-        self.client = MlflowClient(tracking_uri=address or uri(root), registry_uri=address or uri(root))
+        self.client = MlflowClient(
+            tracking_uri=address or uri(root), registry_uri=address or uri(root)
+        )
 
     @property
     def stale(self) -> bool:
         """Whether the local database is no longer the file that was opened: deleted, moved away, or another in its place."""
         path = database(self.root)
-        return self._opened is not None and not (path.exists() and os.path.samestat(path.stat(), self._opened))
+        return self._opened is not None and not (
+            path.exists() and os.path.samestat(path.stat(), self._opened)
+        )
 
     def identity(self) -> str:
         """What tells this store from others wherever it is moved: when its first experiment was made; empty where there is none."""
-        oldest = self.client.search_experiments(self.entities.ViewType.ALL, max_results=1, order_by=["creation_time"])
+        oldest = self.client.search_experiments(
+            self.entities.ViewType.ALL, max_results=1, order_by=["creation_time"]
+        )
         return str(oldest[0].creation_time) if oldest else ""
 
     # ---- writing a run
@@ -167,17 +195,41 @@ class Store:
             return str(found.experiment_id)
 
     def create_run(
-        self, experiment: str, key: str, name: str, started_ms: int, spec: specs.ExperimentSpec, tags: Mapping[str, Any], digest: str
+        self,
+        experiment: str,
+        key: str,
+        name: str,
+        started_ms: int,
+        spec: specs.ExperimentSpec,
+        tags: Mapping[str, Any],
+        digest: str,
     ) -> str:
         """The id of the run with this key: created with its parameters, tags and datasets unless an earlier attempt got that far."""
-        earlier = self.client.search_runs([experiment], f"tags.run_key = '{key}'", self.entities.ViewType.ALL, max_results=1)
-        all_tags = _texts({**tags, "run_key": key, "mlflow.source.name": "fmnist", "mlflow.source.type": "LOCAL"})
-        info = earlier[0].info if earlier else self.client.create_run(experiment, started_ms, all_tags, name).info
+        earlier = self.client.search_runs(
+            [experiment], f"tags.run_key = '{key}'", self.entities.ViewType.ALL, max_results=1
+        )
+        all_tags = _texts(
+            {**tags, "run_key": key, "mlflow.source.name": "fmnist", "mlflow.source.type": "LOCAL"}
+        )
+        info = (
+            earlier[0].info
+            if earlier
+            else self.client.create_run(experiment, started_ms, all_tags, name).info
+        )
         if info.lifecycle_stage == "active":  # nothing can be added to a deleted one
-            values = {path: value for path, value in spec.flat().items() if path not in ("name", "question")}
-            parameters = [self.entities.Param(path, "null" if value is None else str(value)) for path, value in values.items()]
+            values = {
+                path: value
+                for path, value in spec.flat().items()
+                if path not in ("name", "question")
+            }
+            parameters = [
+                self.entities.Param(path, "null" if value is None else str(value))
+                for path, value in values.items()
+            ]
             self.client.log_batch(info.run_id, params=parameters)
-            self.client.log_inputs(info.run_id, self._datasets(spec, digest[:DIGEST]))  # the whole digest is a tag
+            self.client.log_inputs(
+                info.run_id, self._datasets(spec, digest[:DIGEST])
+            )  # the whole digest is a tag
         return str(info.run_id)
 
     def _datasets(self, spec: specs.ExperimentSpec, digest: str) -> list[Any]:
@@ -186,13 +238,22 @@ class Store:
 
         inputs = []
         for context, name in _dataset_names(spec).items():
-            dataset = MetaDataset(HTTPDatasetSource(DATA_URL), name=name, digest=digest)._to_mlflow_entity()
-            inputs.append(self.entities.DatasetInput(dataset, [self.entities.InputTag("mlflow.data.context", context)]))
+            dataset = MetaDataset(
+                HTTPDatasetSource(DATA_URL), name=name, digest=digest
+            )._to_mlflow_entity()
+            inputs.append(
+                self.entities.DatasetInput(
+                    dataset, [self.entities.InputTag("mlflow.data.context", context)]
+                )
+            )
         return inputs
 
     def log_points(self, run_id: str, points: Iterable[Point]) -> None:
         """Store points, a request per thousand; one that is stored already is left as it is."""
-        metrics = (self.entities.Metric(point.key, point.value, point.timestamp_ms, point.step) for point in points)
+        metrics = (
+            self.entities.Metric(point.key, point.value, point.timestamp_ms, point.step)
+            for point in points
+        )
         while batch := list(itertools.islice(metrics, BATCH)):
             self.client.log_batch(run_id, metrics=batch)
 
@@ -200,13 +261,20 @@ class Store:
         """How many points of each metric the store holds."""
         if self.local:
             with sqlite(database(self.root)) as connection:
-                stored = dict(connection.execute("SELECT key, count(*) FROM metrics WHERE run_uuid = ? GROUP BY key", (run_id,)))
+                stored = dict(
+                    connection.execute(
+                        "SELECT key, count(*) FROM metrics WHERE run_uuid = ? GROUP BY key",
+                        (run_id,),
+                    )
+                )
             return {key: stored.get(key, 0) for key in keys}
         return {key: len(self.client.get_metric_history(run_id, key)) for key in keys}
 
     def set_tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
         """Set those tags of a run that are not None."""
-        self.client.log_batch(run_id, tags=[self.entities.RunTag(key, value) for key, value in _texts(tags).items()])
+        self.client.log_batch(
+            run_id, tags=[self.entities.RunTag(key, value) for key, value in _texts(tags).items()]
+        )
 
     def log_model(
         self, run_id: str, module: Any, example: np.ndarray, step: int, metrics: Mapping[str, float], timestamp_ms: int,
@@ -217,11 +285,24 @@ class Store:
         if run.outputs and run.outputs.model_outputs:
             return  # an earlier attempt got that far
         experiment = run.info.experiment_id
-        begun = self.client.search_logged_models([experiment], f"source_run_id = '{run_id}'", max_results=1)
+        begun = self.client.search_logged_models(
+            [experiment], f"source_run_id = '{run_id}'", max_results=1
+        )
         # mlflow.pytorch.log_model would read the whole metric history of the run back; the calls below it don't.
-        logged = begun[0] if begun else self.client.create_logged_model(experiment, "model", run_id, None, run.data.params, "classifier")
+        logged = (
+            begun[0]
+            if begun
+            else self.client.create_logged_model(
+                experiment, "model", run_id, None, run.data.params, "classifier"
+            )
+        )
         model_id = logged.model_id
-        identity = {"artifact_path": logged.artifact_location, "run_id": run_id, "model_uuid": model_id, "model_id": model_id}
+        identity = {
+            "artifact_path": logged.artifact_location,
+            "run_id": run_id,
+            "model_uuid": model_id,
+            "model_id": model_id,
+        }
         with tempfile.TemporaryDirectory() as folder:
             save_model(module, example, Path(folder) / "model", identity)
             self.client.log_model_artifacts(model_id, str(Path(folder) / "model"))
@@ -229,7 +310,11 @@ class Store:
         names, linked = _dataset_names(spec), []
         for key, value in metrics.items():
             images = names["test" if key.startswith("test/") else "validation"]
-            linked.append(self.entities.Metric(key, value, timestamp_ms, 0, model_id, images, digest[:DIGEST], run_id))
+            linked.append(
+                self.entities.Metric(
+                    key, value, timestamp_ms, 0, model_id, images, digest[:DIGEST], run_id
+                )
+            )
         self.client.log_batch(run_id, metrics=linked)
         self.client.log_outputs(run_id, [self.entities.LoggedModelOutput(model_id, step)])
 
@@ -237,7 +322,10 @@ class Store:
         """Give a run its final status and its end; then refresh the statistics without which SQLite reads charts quadratically."""
         self.client.set_terminated(run_id, status, ended_ms)
         if self.local:
-            with contextlib.suppress(sqlite3.OperationalError), sqlite(database(self.root)) as connection:
+            with (
+                contextlib.suppress(sqlite3.OperationalError),
+                sqlite(database(self.root)) as connection,
+            ):
                 connection.executescript("PRAGMA analysis_limit=400; ANALYZE")
 
     def reopen(self, run_id: str) -> None:
@@ -248,7 +336,9 @@ class Store:
 
     def derived(self, experiment_id: str, kind: str, key: str) -> dict[str, str]:
         """The derived runs of this kind and key, and the digest of what each was made from."""
-        found = self.client.search_runs([experiment_id], f"tags.kind = '{kind}' and tags.`{kind}` = '{key}'")
+        found = self.client.search_runs(
+            [experiment_id], f"tags.kind = '{kind}' and tags.`{kind}` = '{key}'"
+        )
         return {run.info.run_id: run.data.tags.get("made_from", "") for run in found}
 
     def replace(self, new: Derived, files: Path) -> None:
@@ -257,17 +347,37 @@ class Store:
         MLflow can't change points that it holds, so what has grown is another run.
         """
         before = self.derived(new.experiment_id, new.kind, new.key)
-        tags = _texts({**new.tags, "kind": new.kind, new.kind: new.key, "mlflow.source.name": "fmnist", "mlflow.source.type": "LOCAL"})
-        run_id = self.client.create_run(new.experiment_id, new.started_ms, tags, new.name).info.run_id
-        self.client.log_batch(run_id, params=[self.entities.Param(key, value) for key, value in new.parameters.items()])
+        tags = _texts(
+            {
+                **new.tags,
+                "kind": new.kind,
+                new.kind: new.key,
+                "mlflow.source.name": "fmnist",
+                "mlflow.source.type": "LOCAL",
+            }
+        )
+        run_id = self.client.create_run(
+            new.experiment_id, new.started_ms, tags, new.name
+        ).info.run_id
+        self.client.log_batch(
+            run_id,
+            params=[self.entities.Param(key, value) for key, value in new.parameters.items()],
+        )
         self.log_points(run_id, new.points)
         self.client.log_artifacts(run_id, str(files))
         if new.members:
-            self.client.log_inputs(run_id, self.client.get_run(new.members[0]).inputs.dataset_inputs)
+            self.client.log_inputs(
+                run_id, self.client.get_run(new.members[0]).inputs.dataset_inputs
+            )
         self.client.set_terminated(run_id, new.status, new.ended_ms)
         for member in new.members:
-            self.set_tags(member, {"mlflow.parentRunId": run_id} if new.kind == "group" else {new.kind: new.key})
-        self.set_tags(run_id, {"made_from": new.made_from})  # last: a derived run without it is made again
+            self.set_tags(
+                member,
+                {"mlflow.parentRunId": run_id} if new.kind == "group" else {new.kind: new.key},
+            )
+        self.set_tags(
+            run_id, {"made_from": new.made_from}
+        )  # last: a derived run without it is made again
         for former in before:
             self.client.delete_run(former)
 
@@ -287,22 +397,39 @@ class Store:
         try:
             return self.client.get_model_version_by_alias(REGISTERED, CHAMPION)
         except Exception as error:
-            if getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            if getattr(error, "error_code", None) in (
+                "RESOURCE_DOES_NOT_EXIST",
+                "INVALID_PARAMETER_VALUE",
+            ):
                 return None
             raise
 
     @told("the model can't be registered", "see that the run has a model and the store is there")
-    def register(self, run_id: str, description: str, tags: Mapping[str, Any], champion: bool = True) -> int:
+    def register(
+        self, run_id: str, description: str, tags: Mapping[str, Any], champion: bool = True
+    ) -> int:
         """Register a run's model with these tags, as the champion or not; returns its version."""
         model_id = self.client.get_run(run_id).outputs.model_outputs[0].model_id
         with contextlib.suppress(Exception):  # it is there already
-            self.client.create_registered_model(REGISTERED, description="Models of fmnist; the alias `champion` is the one to load.")
+            self.client.create_registered_model(
+                REGISTERED, description="Models of fmnist; the alias `champion` is the one to load."
+            )
         model = self.client.get_logged_model(model_id)
         made = self.client.create_model_version(
-            REGISTERED, model.artifact_location, run_id, _texts(tags), description=description, model_id=model_id
+            REGISTERED,
+            model.artifact_location,
+            run_id,
+            _texts(tags),
+            description=description,
+            model_id=model_id,
         )
-        versions = [*json.loads(model.tags.get(MODEL_VERSIONS, "[]")), {"name": REGISTERED, "version": made.version}]
-        self.client.set_logged_model_tags(model_id, {MODEL_VERSIONS: json.dumps(versions)})  # what MLflow's pages link the two by
+        versions = [
+            *json.loads(model.tags.get(MODEL_VERSIONS, "[]")),
+            {"name": REGISTERED, "version": made.version},
+        ]
+        self.client.set_logged_model_tags(
+            model_id, {MODEL_VERSIONS: json.dumps(versions)}
+        )  # what MLflow's pages link the two by
         if champion:
             self.make_champion(made.version)
         return int(made.version)
@@ -313,7 +440,9 @@ class Store:
     # ---- reading back
 
     @told("the runs can't be read", "see that the store is there, or restore it from a copy")
-    def runs(self, status: str | None = "FINISHED", foreign: bool = False, group: str | None = None) -> "pd.DataFrame":
+    def runs(
+        self, status: str | None = "FINISHED", foreign: bool = False, group: str | None = None
+    ) -> "pd.DataFrame":
         """The runs of every experiment, oldest first: run_id, experiment_id, name, status, start, end, and p/, m/, t/ + parameter, metric, tag.
 
         `foreign` takes in those that other programs wrote; `group` only those of one group.
@@ -321,18 +450,38 @@ class Store:
         import pandas as pd
 
         ids = [experiment.experiment_id for experiment in self.client.search_experiments()]
-        wanted = {"attributes.status": status, "tags.group": group, "tags.kind": None if foreign else "run"}
+        wanted = {
+            "attributes.status": status,
+            "tags.group": group,
+            "tags.kind": None if foreign else "run",
+        }
         query = " and ".join(f"{key} = '{value}'" for key, value in wanted.items() if value)
         rows, page = [], None
         while page is None or page.token:
-            page = self.client.search_runs(ids, query, max_results=PAGE, order_by=["attributes.start_time"], page_token=page and page.token)
+            page = self.client.search_runs(
+                ids,
+                query,
+                max_results=PAGE,
+                order_by=["attributes.start_time"],
+                page_token=page and page.token,
+            )
             for run in page:
                 row = {column: getattr(run.info, field) for column, field in INFO.items()}
-                for letter, values in (("p", run.data.params), ("m", run.data.metrics), ("t", run.data.tags)):
+                for letter, values in (
+                    ("p", run.data.params),
+                    ("m", run.data.metrics),
+                    ("t", run.data.tags),
+                ):
                     row |= {f"{letter}/{key}": value for key, value in values.items()}
-                if "t/kind" not in row:  # another program's, which doesn't say what its result is: the last evaluation
+                if (
+                    "t/kind" not in row
+                ):  # another program's, which doesn't say what its result is: the last evaluation
                     last = {_standard_name(key): value for key, value in run.data.metrics.items()}
-                    row = {f"m/last/val_{name}": last[f"val/{name}"] for name in ("accuracy", "loss") if f"val/{name}" in last} | row
+                    row = {
+                        f"m/last/val_{name}": last[f"val/{name}"]
+                        for name in ("accuracy", "loss")
+                        if f"val/{name}" in last
+                    } | row
                 if row.get("t/kind", "run") == "run":
                     rows.append(row)
         return pd.DataFrame(rows, columns=None if rows else list(INFO))
@@ -360,7 +509,9 @@ class Store:
         for key in self.client.get_run(run_id).data.metrics:
             if (name := _standard_name(key)) and name not in columns:
                 points = self.client.get_metric_history(run_id, key)
-                columns[name] = pd.Series({point.step: point.value for point in points}, dtype=float)
+                columns[name] = pd.Series(
+                    {point.step: point.value for point in points}, dtype=float
+                )
                 times |= {point.step: point.timestamp for point in points}
         frame = pd.DataFrame(columns, columns=CURVES).rename_axis("step").sort_index().reset_index()
         milliseconds = frame["step"].map(times).astype(float)
@@ -376,7 +527,9 @@ class Store:
             for name in ("manifest.json", *names):
                 data = b"" if {"/", ".."} & {*Path(name).parts} else self._artifact(run.info, name)
                 if hashlib.sha256(data).hexdigest() != digests.get(name):
-                    raise StoreError(f"run {run_id}: {name} is not as it was recorded, and not usable; restore it or train again")
+                    raise StoreError(
+                        f"run {run_id}: {name} is not as it was recorded, and not usable; restore it or train again"
+                    )
                 digests = json.loads(data) | digests if name == "manifest.json" else digests
                 found[name] = data
             return found
@@ -396,7 +549,10 @@ class Store:
         return Path(shutil.copytree(unquote(location.removeprefix("file://")), folder / "model"))
 
     def _artifact(self, info: Any, name: str) -> bytes:
-        with told(f"run {info.run_id}: {name} can't be read", "where it is lost, restore it or train again"):
+        with told(
+            f"run {info.run_id}: {name} can't be read",
+            "where it is lost, restore it or train again",
+        ):
             if (place := _place(info)) is not None:  # MLflow's download takes some 20 ms each
                 return (place / name).read_bytes()
             with tempfile.TemporaryDirectory() as folder:
@@ -410,10 +566,14 @@ class Store:
 
     def download(self, run_id: str, artifact: str, folder: Path) -> Path:
         """Copy one artifact of a run below `folder`; raises StoreError where it can't be had."""
-        with told(f"run {run_id}: {artifact} can't be read", "where it is lost, restore it or train again"):
+        with told(
+            f"run {run_id}: {artifact} can't be read", "where it is lost, restore it or train again"
+        ):
             place = _place(self.client.get_run(run_id).info)
             if place is not None and (place / artifact).is_dir():
-                return Path(shutil.copytree(place / artifact, folder / artifact, dirs_exist_ok=True))
+                return Path(
+                    shutil.copytree(place / artifact, folder / artifact, dirs_exist_ok=True)
+                )
             return Path(self.client.download_artifacts(run_id, artifact, str(folder)))
 
 
@@ -426,18 +586,31 @@ def _place(info: Any) -> Path | None:
 def _standard_name(key: str) -> str | None:
     """The column of CURVES that another program's metric belongs to: val_acc, validation/accuracy, Train.Loss, ..."""
     split, _, name = re.sub(r"[/_. -]+", "/", key.lower()).partition("/")
-    split = {"training": "train", "validation": "val", "valid": "val", "eval": "val"}.get(split, split)
+    split = {"training": "train", "validation": "val", "valid": "val", "eval": "val"}.get(
+        split, split
+    )
     found = f"{split}/{ {'acc': 'accuracy', 'learning/rate': 'lr'}.get(name, name) }"
     return found if found in CURVES else None
 
 
 def the_one(runs: "pd.DataFrame", text: str) -> "pd.Series":
     """The run among these with this name, experiment or key, or whose id begins like this; raises UserError where that isn't one."""
-    named = [runs[column] == text for column in ("name", "t/experiment", "t/run_key") if column in runs]
-    fits = runs[np.logical_or.reduce([runs["run_id"].str.startswith(text), *named])] if len(runs) else runs
+    named = [
+        runs[column] == text for column in ("name", "t/experiment", "t/run_key") if column in runs
+    ]
+    fits = (
+        runs[np.logical_or.reduce([runs["run_id"].str.startswith(text), *named])]
+        if len(runs)
+        else runs
+    )
     if len(fits) != 1:
-        known = ", ".join(f"{run_id[:8]} ({name})" for run_id, name in zip(fits["run_id"], fits["name"], strict=True))
-        raise UserError(f"{text!r} fits {len(fits)} runs{f'; give the id of one: {known}' if known else '; `fmnist runs` lists them'}")
+        known = ", ".join(
+            f"{run_id[:8]} ({name})"
+            for run_id, name in zip(fits["run_id"], fits["name"], strict=True)
+        )
+        raise UserError(
+            f"{text!r} fits {len(fits)} runs{f'; give the id of one: {known}' if known else '; `fmnist runs` lists them'}"
+        )
     return fits.iloc[0]
 
 
@@ -454,7 +627,9 @@ def _dataset_names(spec: specs.ExperimentSpec) -> dict[str, str]:
     }
 
 
-def save_model(module: Any, example: np.ndarray, path: Path, identity: Mapping[str, str] | None = None) -> None:
+def save_model(
+    module: Any, example: np.ndarray, path: Path, identity: Mapping[str, str] | None = None
+) -> None:
     """Save a torch module that takes raw images as an exported program: it loads without this package and without unpickling code.
 
     `example` is uint8 [B, 28, 28] with B above 1, else torch.export would freeze the batch size; `identity` ties it to a run.
@@ -463,10 +638,23 @@ def save_model(module: Any, example: np.ndarray, path: Path, identity: Mapping[s
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    images, probabilities = TensorSpec(np.dtype(np.uint8), (-1, 28, 28)), TensorSpec(np.dtype(np.float32), (-1, specs.CLASSES))
-    requirements = [f"{package}=={importlib.metadata.version(package)}" for package in ("mlflow", "torch", "numpy")]
-    signature, model = ModelSignature(Schema([images]), Schema([probabilities])), Model(**(identity or {}))
-    options = {"input_example": example, "pip_requirements": requirements, "serialization_format": "pt2"}
+    images, probabilities = (
+        TensorSpec(np.dtype(np.uint8), (-1, 28, 28)),
+        TensorSpec(np.dtype(np.float32), (-1, specs.CLASSES)),
+    )
+    requirements = [
+        f"{package}=={importlib.metadata.version(package)}"
+        for package in ("mlflow", "torch", "numpy")
+    ]
+    signature, model = (
+        ModelSignature(Schema([images]), Schema([probabilities])),
+        Model(**(identity or {})),
+    )
+    options = {
+        "input_example": example,
+        "pip_requirements": requirements,
+        "serialization_format": "pt2",
+    }
     mlflow.pytorch.save_model(module, path, mlflow_model=model, signature=signature, **options)
 
 
@@ -486,12 +674,41 @@ def server_command(root: Path, port: int) -> list[str]:
     """The command of `make ui`: this machine only, explicit hosts and origins, no proxied writes to artifacts."""
     here = f"127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri(root)]
-    command += ["--default-artifact-root", str(root / "mlruns" / "artifacts"), "--no-serve-artifacts"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--x-frame-options", "DENY"]
-    return [*command, "--allowed-hosts", f"{here},localhost:{port}", "--cors-allowed-origins", f"http://{here}"]
+    command += [
+        "--default-artifact-root",
+        str(root / "mlruns" / "artifacts"),
+        "--no-serve-artifacts",
+    ]
+    command += [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        "--x-frame-options",
+        "DENY",
+    ]
+    return [
+        *command,
+        "--allowed-hosts",
+        f"{here},localhost:{port}",
+        "--cors-allowed-origins",
+        f"http://{here}",
+    ]
 
 
 def model_server_command(model: str, port: int) -> list[str]:
     """The command of `make serve`: in this environment, on this machine only."""
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model, "--env-manager", "local"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "models",
+        "serve",
+        "--model-uri",
+        model,
+        "--env-manager",
+        "local",
+    ]
     return [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]

@@ -16,9 +16,14 @@ from fmnist import spec as specs
 from fmnist.errors import Diverged, FmnistError, Interrupted
 from fmnist.state import Journal, now_ms
 
-COLLAPSED_LOSS, COLLAPSED_ACCURACY = 2.29, 0.12  # chance level over ten classes is ln 10 = 2.303 and 0.1
+COLLAPSED_LOSS, COLLAPSED_ACCURACY = (
+    2.29,
+    0.12,
+)  # chance level over ten classes is ln 10 = 2.303 and 0.1
 CHECKPOINT_S = 2.0  # checkpoints are saved at the end of a segment when this much has passed since the last ...
-CHECKPOINT_SHARE = 100  # ... and this many times what those took, so that they stay below 1 % of the run
+CHECKPOINT_SHARE = (
+    100  # ... and this many times what those took, so that they stay below 1 % of the run
+)
 
 State = dict[str, Any]  # what a checkpoint holds
 
@@ -76,7 +81,12 @@ class Stack:
         self.trainings: list[Training] = []
         self._segment = Segment(0, [], 0, 0.0)
 
-    def train(self, watch: Callable[["Training"], object], caught: Sequence[int], prune: Callable[["Training"], bool]) -> None:
+    def train(
+        self,
+        watch: Callable[["Training"], object],
+        caught: Sequence[int],
+        prune: Callable[["Training"], bool],
+    ) -> None:
         """Train all to their ends; where a signal was `caught`, they end with a checkpoint after the segment.
 
         `watch` sees the first of them after each segment; `prune` tells of each, after an evaluation, whether to end it there.
@@ -90,7 +100,9 @@ class Stack:
             self._each(functools.partial(Training.do, segment=segment), wanting)
             if (began := time.monotonic()) > save_due:
                 self._each(Training.save)
-                save_due = time.monotonic() + max(CHECKPOINT_S, CHECKPOINT_SHARE * (time.monotonic() - began))
+                save_due = time.monotonic() + max(
+                    CHECKPOINT_S, CHECKPOINT_SHARE * (time.monotonic() - began)
+                )
             self._each(watch, self._live()[:1])
             if segment.evaluate:
                 self._each(functools.partial(Training.end_if, prune=prune))
@@ -109,7 +121,9 @@ class Stack:
     def _live(self) -> list["Training"]:
         return [training for training in self.trainings if training.outcome.status == "RUNNING"]
 
-    def _each(self, act: Callable[["Training"], object], some: Sequence["Training"] | None = None) -> None:
+    def _each(
+        self, act: Callable[["Training"], object], some: Sequence["Training"] | None = None
+    ) -> None:
         for training in self._live() if some is None else some:
             try:
                 act(training)
@@ -130,10 +144,14 @@ class Training:
     evaluations: list[Evaluated] = field(default_factory=list)
     best: Evaluated | None = None
     since_best: int = 0  # evaluations after the best one
-    best_weights: State | None = None  # {step, parameters} of the best evaluation, with early stopping
+    best_weights: State | None = (
+        None  # {step, parameters} of the best evaluation, with early stopping
+    )
     latest: engines.Evaluation | None = None
     curves: dict[str, np.ndarray] | None = None  # the latest segment's
-    interval: list[dict[str, np.ndarray]] = field(default_factory=list)  # the curves since the last evaluation
+    interval: list[dict[str, np.ndarray]] = field(
+        default_factory=list
+    )  # the curves since the last evaluation
 
     @property
     def engine(self) -> engines.Engine:
@@ -185,14 +203,27 @@ class Training:
         outcome, expected = self.outcome, isinstance(error, FmnistError)
         outcome.status = "KILLED" if isinstance(error, Interrupted) else "FAILED"
         outcome.reason = str(error) if expected else f"{type(error).__name__}: {error}"
-        outcome.exit_code = error.exit_code if isinstance(error, FmnistError) else Diverged.exit_code
+        outcome.exit_code = (
+            error.exit_code if isinstance(error, FmnistError) else Diverged.exit_code
+        )
         outcome.diverged = isinstance(error, Diverged)
-        outcome.resumable = isinstance(error, Interrupted | OSError)  # a full disk is not the run's fault
+        outcome.resumable = isinstance(
+            error, Interrupted | OSError
+        )  # a full disk is not the run's fault
         details = None if expected else "".join(traceback.format_exception(error))
         try:
             told = {"outcome": "diverged"} if outcome.diverged else {}
-            self.journal.event("end", status=outcome.status, reason=outcome.reason, traceback=details, resumable=outcome.resumable, **told)
-        except OSError as another:  # a full disk can't take even this; the missing end tells the same
+            self.journal.event(
+                "end",
+                status=outcome.status,
+                reason=outcome.reason,
+                traceback=details,
+                resumable=outcome.resumable,
+                **told,
+            )
+        except (
+            OSError
+        ) as another:  # a full disk can't take even this; the missing end tells the same
             outcome.unsynced = f"how it ended could not be written: {another}"
 
     def _train_to(self, stop: int) -> None:
@@ -202,10 +233,15 @@ class Training:
         kept = int(bad[0]) + 1 if len(bad) else len(curves.loss)
         self.curves = {name: array[:kept] for name, array in vars(curves).items()}
         self.interval.append(self.curves)
-        self.journal.train(segment.first, self.curves, segment.started_ms, now_ms(), segment.seconds)
+        self.journal.train(
+            segment.first, self.curves, segment.started_ms, now_ms(), segment.seconds
+        )
         self.outcome.recording_s += time.monotonic() - began
         self.step = stop
-        self.outcome.training_s, self.outcome.steps = self.journal.elapsed_s, segment.first - 1 + kept
+        self.outcome.training_s, self.outcome.steps = (
+            self.journal.elapsed_s,
+            segment.first - 1 + kept,
+        )
         if len(bad):
             raise Diverged(
                 f"the training loss is {curves.loss[bad[0]]} at step {self.outcome.steps}, the first that isn't finite; try a smaller optimizer.lr"
@@ -213,14 +249,21 @@ class Training:
 
     def _evaluate(self) -> None:
         self.latest = self.engine.evaluate(self.engine.dataset.validation, self.member)
-        measured = {"epoch": self.step / self.spec.steps_per_epoch, "val/loss": self.latest.loss, "val/accuracy": self.latest.accuracy}
+        measured = {
+            "epoch": self.step / self.spec.steps_per_epoch,
+            "val/loss": self.latest.loss,
+            "val/accuracy": self.latest.accuracy,
+        }
         lr = None if self.curves is None else float(self.curves["lr"][-1])
         began = time.monotonic()
         self.journal.evaluation(self.step, {**measured, "train/lr": lr})
         self.outcome.recording_s += time.monotonic() - began
         self._note_evaluation(self.step, measured)
         if self.spec.train.early_stopping and self.since_best == 0:
-            self.best_weights = {"step": self.step, "parameters": self.engine.state(self.member)["parameters"]}
+            self.best_weights = {
+                "step": self.step,
+                "parameters": self.engine.state(self.member)["parameters"],
+            }
 
     def _note_evaluation(self, step: int, measured: dict[str, float]) -> None:
         evaluated = Evaluated(step, measured["val/loss"], measured["val/accuracy"])
@@ -228,8 +271,13 @@ class Training:
         if self.best is None or self._beats(evaluated, self.best):
             self.best, self.since_best = evaluated, 0
         before = self.evaluations[-1].step if self.evaluations else 0
-        if self.outcome.collapsed_at is None and before >= self.spec.steps_per_epoch:  # a run may begin by guessing
-            loss, accuracy = (np.concatenate([arrays[name] for arrays in self.interval]).mean() for name in ("loss", "accuracy"))
+        if (
+            self.outcome.collapsed_at is None and before >= self.spec.steps_per_epoch
+        ):  # a run may begin by guessing
+            loss, accuracy = (
+                np.concatenate([arrays[name] for arrays in self.interval]).mean()
+                for name in ("loss", "accuracy")
+            )
             if loss >= COLLAPSED_LOSS and accuracy <= COLLAPSED_ACCURACY:
                 self.outcome.collapsed_at = step
         self.evaluations.append(evaluated)
@@ -245,7 +293,11 @@ class Training:
     def save(self) -> None:
         began = time.monotonic()
         self.journal.flush()
-        checkpoint.save(self.journal.folder, self.spec, {**self.engine.state(self.member), "best": self.best_weights})
+        checkpoint.save(
+            self.journal.folder,
+            self.spec,
+            {**self.engine.state(self.member), "best": self.best_weights},
+        )
         self.outcome.recording_s += time.monotonic() - began
 
     def finish(self) -> None:
@@ -257,7 +309,11 @@ class Training:
         assert self.best is not None
         dataset = self.engine.dataset
         latest = self.latest or self.engine.evaluate(dataset.validation, self.member)
-        metrics = {"best/step": self.best.step, "best/val_loss": self.best.loss, "best/val_accuracy": self.best.accuracy}
+        metrics = {
+            "best/step": self.best.step,
+            "best/val_loss": self.best.loss,
+            "best/val_accuracy": self.best.accuracy,
+        }
         metrics |= {"last/val_loss": latest.loss, "last/val_accuracy": latest.accuracy}
         predictions = {"val": (dataset.validation, latest)}
         if dataset.test is not None:
@@ -266,13 +322,24 @@ class Training:
             predictions["test"] = (dataset.test, test)
         arrays: dict[str, np.ndarray] = {}
         for split, (images, evaluation) in predictions.items():
-            columns = {"index": images.index, "labels": images.labels.cpu().numpy(), "logits": evaluation.logits}
+            columns = {
+                "index": images.index,
+                "labels": images.labels.cpu().numpy(),
+                "logits": evaluation.logits,
+            }
             arrays |= {f"{split}_{name}": column for name, column in columns.items()}
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **arrays)
         checkpoint.write(self.journal.folder / "predictions.npz", content)
         self.outcome.metrics = metrics
-        names = ("weights", "collapsed_at", "stopped_early_at", "pruned_at", "training_s", "recording_s")
+        names = (
+            "weights",
+            "collapsed_at",
+            "stopped_early_at",
+            "pruned_at",
+            "training_s",
+            "recording_s",
+        )
         told = {name: getattr(self.outcome, name) for name in names}
         self.journal.final(metrics, **told)
         self.journal.flush()

@@ -14,7 +14,12 @@ from fmnist import spec as specs
 from fmnist.errors import StoreError
 from fmnist.journal import Recorded, Unequal, from_curves, unequal_values
 
-ARTIFACTS = ("spec.yaml", "curves.parquet", "checkpoint.pt", "environment.json")  # what is needed of a run
+ARTIFACTS = (
+    "spec.yaml",
+    "curves.parquet",
+    "checkpoint.pt",
+    "environment.json",
+)  # what is needed of a run
 
 
 @dataclass
@@ -34,8 +39,15 @@ def verify(folder: Path, root: Path, steps: int | None, say: Callable[[str], Non
     recorded = Recorded(from_curves(spec, curves, last, 0))
     device = engine.device(spec.compute, spec.train.precision)
     trainer = engine.Engine([spec], data.load(spec.data, root, device, say))
-    before = environment.facts(json.loads((folder / "environment.json").read_text(encoding="utf-8")))
-    found = Verification(last, environment=environment.differences(before, environment.facts(environment.collect("", device))))
+    before = environment.facts(
+        json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    )
+    found = Verification(
+        last,
+        environment=environment.differences(
+            before, environment.facts(environment.collect("", device))
+        ),
+    )
     try:
         state = checkpoint.load(folder / "checkpoint.pt", spec)
     except ValueError as error:
@@ -45,13 +57,23 @@ def verify(folder: Path, root: Path, steps: int | None, say: Callable[[str], Non
         stop = min(segment.stop, last)
         if stop > trainer.step:
             found.unequal += recorded.unequal_steps(trainer.step + 1, vars(trainer.train(stop)[0]))
-        if segment.evaluate and segment.stop <= last and (evaluated := recorded.evaluations.get(stop)):
+        if (
+            segment.evaluate
+            and segment.stop <= last
+            and (evaluated := recorded.evaluations.get(stop))
+        ):
             evaluation = trainer.evaluate(trainer.dataset.validation)
-            found.unequal += unequal_values(stop, evaluated, {"val/loss": evaluation.loss, "val/accuracy": evaluation.accuracy})
+            found.unequal += unequal_values(
+                stop, evaluated, {"val/loss": evaluation.loss, "val/accuracy": evaluation.accuracy}
+            )
             found.evaluations += 1
-        if (then := weights.pop(stop, None)) is not None and not torch.equal(weight := trainer.parameters[0].cpu(), then):
+        if (then := weights.pop(stop, None)) is not None and not torch.equal(
+            weight := trainer.parameters[0].cpu(), then
+        ):
             row = int((weight - then).abs().argmax())
-            found.unequal.append(Unequal(stop, f"parameter {row}", float(then[row]), float(weight[row])))
+            found.unequal.append(
+                Unequal(stop, f"parameter {row}", float(then[row]), float(weight[row]))
+            )
     found.weights = not weights
     found.unequal.sort(key=lambda difference: difference.step)
     return found
@@ -59,4 +81,9 @@ def verify(folder: Path, root: Path, steps: int | None, say: Callable[[str], Non
 
 def largest(unequal: list[Unequal]) -> Unequal:
     """The difference of most weight; one to or from NaN counts most."""
-    return max(unequal, key=lambda difference: np.nan_to_num(abs(difference.computed - difference.recorded), nan=np.inf))
+    return max(
+        unequal,
+        key=lambda difference: np.nan_to_num(
+            abs(difference.computed - difference.recorded), nan=np.inf
+        ),
+    )

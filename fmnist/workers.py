@@ -81,7 +81,9 @@ def serve(pipe: Connection, root: Path, sync: bool) -> None:
             pipe.send(None)
 
 
-def train(job: Job, root: Path, sync: bool, claims: Any, pipe: Connection) -> dict[int, dict[str, Any] | None]:
+def train(
+    job: Job, root: Path, sync: bool, claims: Any, pipe: Connection
+) -> dict[int, dict[str, Any] | None]:
     """Train those of the job's runs that nobody else has; how each ended."""
     from fmnist import database, runner
     from fmnist import spec as specs
@@ -104,14 +106,22 @@ def train(job: Job, root: Path, sync: bool, claims: Any, pipe: Connection) -> di
     context = runner.Context(root, sync, lambda text: None, watch, prune, wait=False)
     claimed = [resolved for resolved in job.values() if claims.take(resolved.spec.fingerprint)]
     try:
-        recorded = database.recorded(root) if specs.tracking_server() is None else {}  # the sweep has asked the server
+        recorded = (
+            database.recorded(root) if specs.tracking_server() is None else {}
+        )  # the sweep has asked the server
         wanted = runner.missing(claimed, recorded, context)
-        outcomes = [dataclasses.asdict(outcome) for outcome in (runner.run(wanted, context) if wanted else [])]
+        outcomes = [
+            dataclasses.asdict(outcome)
+            for outcome in (runner.run(wanted, context) if wanted else [])
+        ]
     except (FmnistError, OSError) as error:
         wanted, outcomes = claimed, [{"status": "FAILED", "reason": str(error)}] * len(claimed)
     for resolved in claimed:
         claims.release(resolved.spec.fingerprint)
-    ended = {numbers[resolved.spec.fingerprint]: outcome for resolved, outcome in zip(wanted, outcomes, strict=False)}
+    ended = {
+        numbers[resolved.spec.fingerprint]: outcome
+        for resolved, outcome in zip(wanted, outcomes, strict=False)
+    }
     return {number: ended.get(number) for number in job}
 
 
@@ -160,15 +170,22 @@ class Pool:
 
     def events(self, timeout_s: float) -> Iterator[Progress | Ended | Lost]:
         """What has happened, once something has or time is up."""
-        connection.wait([each for worker in self.workers for each in (worker.pipe, worker.process.sentinel)], timeout_s)
+        connection.wait(
+            [each for worker in self.workers for each in (worker.pipe, worker.process.sentinel)],
+            timeout_s,
+        )
         for index, worker in enumerate(self.workers):
-            alive = worker.process.is_alive()  # asked first: what it sent before it died is still read
+            alive = (
+                worker.process.is_alive()
+            )  # asked first: what it sent before it died is still read
             yield from self._heard(worker)
             if not alive:
                 yield Lost(sorted(worker.numbers or ()))
                 self._failures += not worker.size
                 if self._failures >= STARTS:
-                    raise UserError(f"the workers end before they are ready (exit code {worker.process.exitcode}); try one run: fmnist run")
+                    raise UserError(
+                        f"the workers end before they are ready (exit code {worker.process.exitcode}); try one run: fmnist run"
+                    )
                 self.workers[index] = self._start()
 
     def _heard(self, worker: Worker) -> Iterator[Progress | Ended]:

@@ -24,7 +24,9 @@ ARGUMENTS = [
 @contextlib.contextmanager
 def chromium() -> Iterator[Browser]:
     """The browser; the test fails where there is none."""
-    path = shutil.which("chromium") or pytest.fail("there is no chromium; `make test-browser` installs it or says how")
+    path = shutil.which("chromium") or pytest.fail(
+        "there is no chromium; `make test-browser` installs it or says how"
+    )
     expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
@@ -47,14 +49,18 @@ def open_page(browser: Browser, script: str = "", **options: object) -> Iterator
 
 def shoot(page: Page, name: str) -> None:
     """Keep a screenshot: build/screenshots/NAME.png."""
-    page.screenshot(path=REPOSITORY / "build" / "screenshots" / f"{name}.png", animations="disabled")
+    page.screenshot(
+        path=REPOSITORY / "build" / "screenshots" / f"{name}.png", animations="disabled"
+    )
 
 
 @contextlib.contextmanager
 def served(home: Path) -> Iterator[str]:
     """`fmnist ui` in this home: the link that it prints."""
     command = [sys.executable, "-m", "fmnist", "ui", "--port", str(free_port())]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "FMNIST_HOME": str(home)})
+    server = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "FMNIST_HOME": str(home)}
+    )
     try:
         [link] = re.findall(r"http://\S+", server.stdout.readline())
         yield link

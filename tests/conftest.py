@@ -103,7 +103,12 @@ SMALL = ("run", "baseline", "-s", "train.epochs=1", "-s", "train.batch_size=1000
 
 
 def start(*arguments: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen([sys.executable, "-m", "fmnist", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "fmnist", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
@@ -115,7 +120,11 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
 
 def trained(home: Path) -> int:
     """Steps that the one journal in this home holds."""
-    records = [record for folder in state.state_folders(home) for record in journal.read(folder.path / "journal")[0]]
+    records = [
+        record
+        for folder in state.state_folders(home)
+        for record in journal.read(folder.path / "journal")[0]
+    ]
     return sum(record.fields["count"] for record in records if record.kind == "train")
 
 
@@ -141,7 +150,9 @@ def sync(home: Path) -> None:
     from fmnist import sidecar  # scipy comes with it, and takes a second
 
     assert not [run["error"] for run in sidecar.sync(home, lambda text: None) if run["error"]]
-    (home / "mlruns" / ".sidecar.lock").unlink()  # it holds the pid of this process, which must not be stopped as a sidecar
+    (
+        home / "mlruns" / ".sidecar.lock"
+    ).unlink()  # it holds the pid of this process, which must not be stopped as a sidecar
 
 
 @pytest.fixture(scope="session")

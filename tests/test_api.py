@@ -20,7 +20,13 @@ def test_the_example_trains_and_compares(home: Path) -> None:
     path = home / "experiments" / "baseline.yaml"  # the parent of both
     path.write_text(path.read_text().partition("\ntrain:")[0] + f"\n{SHORT}")
     command = [sys.executable, str(REPOSITORY / "examples" / "compare_learning_rates.py")]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "FMNIST_HOME": str(home)}, timeout=240)
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FMNIST_HOME": str(home)},
+        timeout=240,
+    )
     assert result.returncode == 0, result.stderr
     assert "25 steps of SGD(lr=0.001" in result.stdout
     assert "holdout-lr-0.01: 5 trained, 0 there before" in result.stdout

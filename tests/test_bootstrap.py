@@ -38,7 +38,11 @@ def project(tmp_path: Path) -> Path:
 
 
 def bootstrap(project: Path, *arguments: str) -> "subprocess.Popen[str]":
-    command = [getattr(sys, "_base_executable", sys.executable), str(project / "tools" / "bootstrap.py"), *arguments]
+    command = [
+        getattr(sys, "_base_executable", sys.executable),
+        str(project / "tools" / "bootstrap.py"),
+        *arguments,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -48,7 +52,12 @@ def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
 
 
 def imports_tiny(project: Path) -> bool:
-    return subprocess.run([project / ".venv" / "bin" / "python", "-c", "import tiny"], capture_output=True).returncode == 0
+    return (
+        subprocess.run(
+            [project / ".venv" / "bin" / "python", "-c", "import tiny"], capture_output=True
+        ).returncode
+        == 0
+    )
 
 
 def test_two_at_once_build_it_once(project: Path) -> None:
@@ -77,14 +86,20 @@ def test_one_cut_short_leaves_no_stamp_and_the_next_builds_anew(project: Path) -
 def test_changed_pins_build_it_anew_even_from_within(project: Path) -> None:
     assert finish(bootstrap(project))[0] == 0
     (project / "requirements.lock").write_text("# still nothing\n")
-    inside = subprocess.run([project / ".venv" / "bin" / "python", project / "tools" / "bootstrap.py"], capture_output=True, text=True)
+    inside = subprocess.run(
+        [project / ".venv" / "bin" / "python", project / "tools" / "bootstrap.py"],
+        capture_output=True,
+        text=True,
+    )
     assert inside.returncode == 0, inside.stderr
     assert "Building" in inside.stdout
     assert imports_tiny(project)
 
 
 def test_failed_install_is_told_and_leaves_no_stamp(project: Path) -> None:
-    (project / "requirements.lock").write_text("no-such-package==1 --hash=sha256:" + "0" * 64 + "\n")
+    (project / "requirements.lock").write_text(
+        "no-such-package==1 --hash=sha256:" + "0" * 64 + "\n"
+    )
     code, text = finish(bootstrap(project))
     assert code == 1
     assert "run the same command again" in text
@@ -94,7 +109,10 @@ def test_failed_install_is_told_and_leaves_no_stamp(project: Path) -> None:
 def test_another_environment_stands_beside_it(project: Path) -> None:
     (project / "requirements-bench.lock").write_text("# nothing\n")
     code, text = finish(bootstrap(project, ".venv-bench", "requirements-bench.lock"))
-    assert (code, text.split(" (once")[0]) == (0, "Building .venv-bench from requirements-bench.lock")
+    assert (code, text.split(" (once")[0]) == (
+        0,
+        "Building .venv-bench from requirements-bench.lock",
+    )
     assert (project / ".venv-bench" / "stamp").exists()
     assert not (project / ".venv").exists()
 
@@ -103,7 +121,10 @@ def test_other_python_is_refused_in_one_line(project: Path) -> None:
     source = (project / "tools" / "bootstrap.py").read_text()
     code = source.replace("if __name__", "sys.version_info = (3, 14, 0, 'final', 0)\nif __name__")
     result = subprocess.run(
-        [sys.executable, "-"], input=code.replace("__file__", repr(str(project / "tools" / "x"))), capture_output=True, text=True
+        [sys.executable, "-"],
+        input=code.replace("__file__", repr(str(project / "tools" / "x"))),
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1

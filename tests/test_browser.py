@@ -25,7 +25,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     home = make_home(tmp_path_factory.mktemp("browser"))
     patch = pytest.MonkeyPatch()
     patch.setenv("FMNIST_HOME", str(home))
-    for arguments in (("--seeds", "3"), ("-s", "optimizer.lr=0.01", "--seeds", "3"), ("-s", "optimizer.lr=0.1")):
+    for arguments in (
+        ("--seeds", "3"),
+        ("-s", "optimizer.lr=0.01", "--seeds", "3"),
+        ("-s", "optimizer.lr=0.1"),
+    ):
         result = command(home, "run", "holdout", *TINY, *arguments)
         assert result.returncode == 0, result.stderr
     reports.write(tracking.connect(home), home / "reports", [])
@@ -48,7 +52,12 @@ def page(request: pytest.FixtureRequest, browser: Browser, written: Path) -> Ite
     said: list[str] = []
     opened.on("console", lambda message: said.append(message.text))
     opened.on("pageerror", lambda error: said.append(str(error)))
-    opened.on("request", lambda asked: said.append(asked.url) if not asked.url.startswith(("file:", "data:")) else None)
+    opened.on(
+        "request",
+        lambda asked: (
+            said.append(asked.url) if not asked.url.startswith(("file:", "data:")) else None
+        ),
+    )
     opened.goto(written.as_uri())
     yield opened
     shoot(opened, f"report-{request.node.originalname.removeprefix('test_')}-{request.param}")
@@ -57,7 +66,9 @@ def page(request: pytest.FixtureRequest, browser: Browser, written: Path) -> Ite
 
 
 def column(page: Page, number: int) -> list[str]:
-    return page.locator("section[aria-labelledby=runs] tbody tr").evaluate_all(f"rows => rows.map(row => row.cells[{number}].textContent)")
+    return page.locator("section[aria-labelledby=runs] tbody tr").evaluate_all(
+        f"rows => rows.map(row => row.cells[{number}].textContent)"
+    )
 
 
 def test_report_opens_and_passes_the_accessibility_checks(page: Page) -> None:
@@ -66,12 +77,25 @@ def test_report_opens_and_passes_the_accessibility_checks(page: Page) -> None:
     found = Axe().run(page)
     assert len(found.response["passes"]) > 20
     assert found.violations_count == 0, found.generate_report()
-    page.set_viewport_size({"width": 1360, "height": page.evaluate("document.documentElement.scrollHeight")})
+    page.set_viewport_size(
+        {"width": 1360, "height": page.evaluate("document.documentElement.scrollHeight")}
+    )
     shoot(page, "report-whole")
 
 
 def test_colours_follow_the_scheme(page: Page, request: pytest.FixtureRequest) -> None:
-    brightness = sum(map(int, re.findall(r"\d+", page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor"))[:3])) / 3
+    brightness = (
+        sum(
+            map(
+                int,
+                re.findall(
+                    r"\d+",
+                    page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor"),
+                )[:3],
+            )
+        )
+        / 3
+    )
     assert brightness > 240 if "light" in request.node.name else brightness < 40
 
 
@@ -126,8 +150,14 @@ def test_axis_is_switched_and_settings_are_hidden(page: Page) -> None:
     for axis in ("step", "epoch", "examples", "seconds"):
         page.get_by_role("radio", name=axis).check()
         assert chart.locator("text").all_text_contents()[-1] == axis
-        assert chart.get_attribute("aria-label").startswith(f"training loss, trailing mean by {axis};")
-        assert page.get_by_role("slider").get_attribute("aria-valuetext").startswith(ends.get(axis, "seconds "))
+        assert chart.get_attribute("aria-label").startswith(
+            f"training loss, trailing mean by {axis};"
+        )
+        assert (
+            page.get_by_role("slider")
+            .get_attribute("aria-valuetext")
+            .startswith(ends.get(axis, "seconds "))
+        )
     lines = chart.locator("path").count()
     button = page.locator(".key button").first
     button.press("Enter")
@@ -141,7 +171,11 @@ def test_everything_is_reached_by_the_keyboard(page: Page) -> None:
     seen = []
     for _ in range(400):
         page.keyboard.press("Tab")
-        seen.append(page.evaluate("document.activeElement.textContent.trim().slice(0, 40) || document.activeElement.id"))
+        seen.append(
+            page.evaluate(
+                "document.activeElement.textContent.trim().slice(0, 40) || document.activeElement.id"
+            )
+        )
         if seen[-1].startswith("fmnist run"):
             break
     assert {"Verdicts", "at"} <= set(seen)  # from the first link, by the slider, to the commands
@@ -152,7 +186,10 @@ def test_paper_is_light_and_whole(browser: Browser, written: Path) -> None:
     page = browser.new_page(color_scheme="dark")
     page.goto(written.as_uri())
     page.emulate_media(media="print", color_scheme="dark")
-    assert page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor") == "rgb(255, 255, 255)"
+    assert (
+        page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor")
+        == "rgb(255, 255, 255)"
+    )
     assert not page.locator(".controls").is_visible()
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator("details:not([open])").count() == 0

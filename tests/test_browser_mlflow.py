@@ -13,7 +13,10 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 from fmnist import tracking
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(560)]  # recording takes a while on a busy machine
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.timeout(560),
+]  # recording takes a while on a busy machine
 
 ACCURACY = "last/val_accuracy"
 PREPARE = """
@@ -52,15 +55,22 @@ def page(browser: Browser) -> Iterator[Page]:
 def runs(recorded: Path) -> pd.DataFrame:
     """The store's runs, and those of groups, by name: run_id, accuracy as MLflow writes it, status."""
     client = tracking.connect(recorded).client
-    found = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
-    rows = [(run.info.run_name, run.info.run_id, run.data.metrics.get(ACCURACY), run.data.tags["kind"]) for run in found]
+    found = client.search_runs(
+        [experiment.experiment_id for experiment in client.search_experiments()]
+    )
+    rows = [
+        (run.info.run_name, run.info.run_id, run.data.metrics.get(ACCURACY), run.data.tags["kind"])
+        for run in found
+    ]
     return pd.DataFrame(rows, columns=["name", "run_id", "accuracy", "kind"]).set_index("name")
 
 
 def names(page: Page) -> list[str]:
     """The names in the list of runs, from the top."""
     rows = page.locator(".ag-pinned-left-cols-container .ag-row")
-    shown = rows.evaluate_all("rows => rows.map(row => [Number(row.getAttribute('row-index')), row.querySelector('a')?.innerText])")
+    shown = rows.evaluate_all(
+        "rows => rows.map(row => [Number(row.getAttribute('row-index')), row.querySelector('a')?.innerText])"
+    )
     return [name for _, name in sorted(shown)]
 
 
@@ -69,32 +79,50 @@ def row(page: Page, name: str) -> Locator:
     return page.get_by_role("row").filter(has=page.get_by_role("link", name=name, exact=True))
 
 
-def test_the_list_shows_groups_that_open_to_their_members(page: Page, link: str, runs: pd.DataFrame) -> None:
+def test_the_list_shows_groups_that_open_to_their_members(
+    page: Page, link: str, runs: pd.DataFrame
+) -> None:
     page.goto(link)
     expect(page.get_by_text("12 matching runs")).to_be_visible()
     groups = [f"{SLOW_LABEL} (3 seeds)", f"{FAST_LABEL} (3 seeds)"]
     for group in groups:
         expect(row(page, group)).to_be_visible()
-    assert set(names(page)) == {*runs.index[runs["kind"] == "group"], "baseline epochs=1 batch_size=2000 eval_every=10"}
+    assert set(names(page)) == {
+        *runs.index[runs["kind"] == "group"],
+        "baseline epochs=1 batch_size=2000 eval_every=10",
+    }
     for group, label in zip(groups, (SLOW_LABEL, FAST_LABEL), strict=True):
         row(page, group).get_by_role("button").first.click()
         expect(row(page, f"{label} s0")).to_be_visible()
         place = names(page).index(group)
-        assert sorted(names(page)[place + 1 : place + 4]) == [f"{label} s{seed}" for seed in range(3)]
+        assert sorted(names(page)[place + 1 : place + 4]) == [
+            f"{label} s{seed}" for seed in range(3)
+        ]
     shoot(page, "mlflow-list")
 
 
-def test_results_and_settings_are_columns_that_sort(page: Page, link: str, runs: pd.DataFrame) -> None:
+def test_results_and_settings_are_columns_that_sort(
+    page: Page, link: str, runs: pd.DataFrame
+) -> None:
     page.goto(link)
-    for column in (f"metrics.`{ACCURACY}`", f"metrics.`{ACCURACY}_std`", "params.`optimizer.lr`", "tags.`outcome`"):
-        expect(page.locator(f"[role=columnheader][col-id='{column}']")).to_be_visible()  # of the view that the link names
+    for column in (
+        f"metrics.`{ACCURACY}`",
+        f"metrics.`{ACCURACY}_std`",
+        "params.`optimizer.lr`",
+        "tags.`outcome`",
+    ):
+        expect(
+            page.locator(f"[role=columnheader][col-id='{column}']")
+        ).to_be_visible()  # of the view that the link names
     page.get_by_test_id(f"sort-header-{ACCURACY}").click()
     best = runs["accuracy"].dropna().sort_values(ascending=False)
     top = page.locator(".ag-pinned-left-cols-container [row-index='0']")
     expect(top).to_contain_text(best.index[0])
     assert names(page)[: len(best)] == best.index.tolist()
     cells = page.locator(f"[role=gridcell][col-id='metrics.`{ACCURACY}`']")
-    shown = cells.evaluate_all("cells => cells.map(cell => [Number(cell.parentElement.getAttribute('row-index')), cell.innerText])")
+    shown = cells.evaluate_all(
+        "cells => cells.map(cell => [Number(cell.parentElement.getAttribute('row-index')), cell.innerText])"
+    )
     assert [float(text) for _, text in sorted(shown)[: len(best)]] == best.tolist()
     shoot(page, "mlflow-columns")
 
@@ -106,12 +134,20 @@ def test_the_chart_page_draws_curves(page: Page, link: str) -> None:
     page.get_by_placeholder("Search metric charts").fill("^(val/accuracy|train/loss)$")
     cards = page.get_by_test_id("experiment-view-compare-runs-card")
     expect(cards).to_have_count(2)
-    for metric, lines in (("train/loss", 7), ("val/accuracy", 9)):  # 7 runs, and 2 groups that hold means
+    for metric, lines in (
+        ("train/loss", 7),
+        ("val/accuracy", 9),
+    ):  # 7 runs, and 2 groups that hold means
         card = cards.filter(has_text=metric)
         card.scroll_into_view_if_needed()
-        drawn = card.locator("path.js-line[style*='stroke-opacity: 1;']")  # a paler one lies below each
+        drawn = card.locator(
+            "path.js-line[style*='stroke-opacity: 1;']"
+        )  # a paler one lies below each
         expect(drawn).to_have_count(lines)
-        assert all("L" in path for path in drawn.evaluate_all("lines => lines.map(line => line.getAttribute('d'))"))
+        assert all(
+            "L" in path
+            for path in drawn.evaluate_all("lines => lines.map(line => line.getAttribute('d'))")
+        )
         expect(card).to_contain_text(f"{SLOW_LABEL} s0")
     shoot(page, "mlflow-charts")
 
@@ -119,7 +155,9 @@ def test_the_chart_page_draws_curves(page: Page, link: str) -> None:
 def test_the_compare_page_shows_what_differs(page: Page, link: str, runs: pd.DataFrame) -> None:
     compared = [f"{SLOW_LABEL} s0", f"{FAST_LABEL} s0"]
     ids = runs.loc[compared, "run_id"].tolist()
-    page.goto(f'{link.partition("#")[0]}#/compare-runs?runs={json.dumps(ids)}&experiments=["1"]&workflowType=machine_learning')
+    page.goto(
+        f'{link.partition("#")[0]}#/compare-runs?runs={json.dumps(ids)}&experiments=["1"]&workflowType=machine_learning'
+    )
     for name in compared:
         expect(page.get_by_text(name, exact=True).first).to_be_visible()
     for line in ("data.holdout 10000 10000", "optimizer.lr 0.001 0.05"):
@@ -127,23 +165,35 @@ def test_the_compare_page_shows_what_differs(page: Page, link: str, runs: pd.Dat
     page.get_by_text("Show diff only").first.click()
     expect(page.get_by_role("row", name=re.compile("^data.holdout"))).to_be_hidden()
     expect(page.get_by_role("row", name="optimizer.lr 0.001 0.05")).to_be_visible()
-    top = page.get_by_role("link", name=ACCURACY, exact=True).locator("..").evaluate("cell => cell.style.top")  # a table of loose cells
+    top = (
+        page.get_by_role("link", name=ACCURACY, exact=True)
+        .locator("..")
+        .evaluate("cell => cell.style.top")
+    )  # a table of loose cells
     accuracies = [str(round(value, 3)) for value in runs.loc[compared, "accuracy"]]
-    expect(page.locator(f"[role=rowgroup] > [style*=' top: {top};']")).to_have_text([ACCURACY, *accuracies])
+    expect(page.locator(f"[role=rowgroup] > [style*=' top: {top};']")).to_have_text(
+        [ACCURACY, *accuracies]
+    )
     page.get_by_role("link", name=ACCURACY, exact=True).scroll_into_view_if_needed()
     shoot(page, "mlflow-compare")
 
 
-def test_a_run_tells_its_result_and_links_data_model_and_group(page: Page, link: str, runs: pd.DataFrame) -> None:
+def test_a_run_tells_its_result_and_links_data_model_and_group(
+    page: Page, link: str, runs: pd.DataFrame
+) -> None:
     page.goto(link.replace("/runs?", f"/runs/{runs['run_id'][f'{SLOW_LABEL} s0']}?"))
     expect(page.get_by_role("heading", name=f"{SLOW_LABEL} s0")).to_be_visible()
-    expect(page.get_by_text(f"Validation accuracy {runs['accuracy'][f'{SLOW_LABEL} s0']:.4f}, loss")).to_be_visible()
+    expect(
+        page.get_by_text(f"Validation accuracy {runs['accuracy'][f'{SLOW_LABEL} s0']:.4f}, loss")
+    ).to_be_visible()
     expect(page.get_by_text("Repeat: fmnist run baseline")).to_be_attached()
     shoot(page, "mlflow-run")
     model = page.get_by_role("link", name="model", exact=True).last
     expect(model).to_have_attribute("href", re.compile("#/experiments/1/models/m-"))
     page.get_by_text(re.compile("^fashion-mnist-train-50000")).click()
-    expect(page.get_by_role("dialog")).to_contain_text("https://github.com/zalandoresearch/fashion-mnist")
+    expect(page.get_by_role("dialog")).to_contain_text(
+        "https://github.com/zalandoresearch/fashion-mnist"
+    )
     shoot(page, "mlflow-dataset")
     page.keyboard.press("Escape")
     page.get_by_role("link", name=f"{SLOW_LABEL} (3 seeds)").click()

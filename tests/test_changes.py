@@ -44,7 +44,10 @@ def test_predictions_are_the_validation_images_in_the_order_of_their_file() -> N
 def test_flips_are_by_majority_as_in_a_loop() -> None:
     table, listed = np.zeros((2, 2), int), {}
     for image in range(IMAGES):
-        before, after = ([int(one == REFERENCE.labels[image]) for one in runs.predicted[:, image]] for runs in (REFERENCE, OTHER))
+        before, after = (
+            [int(one == REFERENCE.labels[image]) for one in runs.predicted[:, image]]
+            for runs in (REFERENCE, OTHER)
+        )
         was, now = sum(before) >= 2, sum(after) >= 2
         table[int(was), int(now)] += 1
         if was != now:
@@ -58,7 +61,9 @@ def test_flips_are_by_majority_as_in_a_loop() -> None:
     first = flips.iloc[0]
     place = first["index"] // 3
     assert first["before"] == stats.mode(REFERENCE.predicted[:, place]).mode
-    label_probabilities = [runs.probabilities[:, place, first["label"]].mean() for runs in (REFERENCE, OTHER)]
+    label_probabilities = [
+        runs.probabilities[:, place, first["label"]].mean() for runs in (REFERENCE, OTHER)
+    ]
     assert first["change"] == pytest.approx(label_probabilities[1] - label_probabilities[0])
 
 
@@ -71,7 +76,11 @@ def test_half_of_the_runs_is_no_majority() -> None:
 def test_images_that_no_run_gets_right_are_found_as_in_a_loop() -> None:
     found = changes.never_right([REFERENCE, OTHER])
     runs = [*REFERENCE.predicted, *OTHER.predicted]
-    expected = {3 * image for image in range(IMAGES) if all(run[image] != REFERENCE.labels[image] for run in runs)}
+    expected = {
+        3 * image
+        for image in range(IMAGES)
+        if all(run[image] != REFERENCE.labels[image] for run in runs)
+    }
     assert set(found["index"]) == expected
     assert 5 < len(expected) < IMAGES
     assert found["probability"].is_monotonic_increasing
@@ -80,7 +89,9 @@ def test_images_that_no_run_gets_right_are_found_as_in_a_loop() -> None:
 
 
 def test_confusion_is_scikit_learns_mean_over_the_runs() -> None:
-    expected = np.mean([metrics.confusion_matrix(REFERENCE.labels, run) for run in REFERENCE.predicted], axis=0)
+    expected = np.mean(
+        [metrics.confusion_matrix(REFERENCE.labels, run) for run in REFERENCE.predicted], axis=0
+    )
     np.testing.assert_array_equal(changes.confusion(REFERENCE), expected)
 
 
@@ -88,11 +99,23 @@ def test_per_class_metrics_are_scikit_learns() -> None:
     table = changes.per_class(REFERENCE, OTHER)
     assert len(table) == 10 * 4
     for column, runs in (("reference", REFERENCE), ("other", OTHER)):
-        each = [metrics.precision_recall_fscore_support(runs.labels, run, zero_division=0)[:3] for run in runs.predicted]
-        for metric, expected in zip(("precision", "recall", "F1"), np.mean(each, axis=0), strict=True):
-            np.testing.assert_allclose(table.xs(metric, level="metric")[column], expected, atol=1e-12)
+        each = [
+            metrics.precision_recall_fscore_support(runs.labels, run, zero_division=0)[:3]
+            for run in runs.predicted
+        ]
+        for metric, expected in zip(
+            ("precision", "recall", "F1"), np.mean(each, axis=0), strict=True
+        ):
+            np.testing.assert_allclose(
+                table.xs(metric, level="metric")[column], expected, atol=1e-12
+            )
         for number in range(10):
-            accuracy = np.mean([metrics.accuracy_score(runs.labels == number, run == number) for run in runs.predicted])
+            accuracy = np.mean(
+                [
+                    metrics.accuracy_score(runs.labels == number, run == number)
+                    for run in runs.predicted
+                ]
+            )
             assert table.loc[(number, "accuracy"), column] == pytest.approx(accuracy)
     np.testing.assert_allclose(table["difference"], table["other"] - table["reference"], atol=1e-12)
 
@@ -121,15 +144,22 @@ def test_one_run_each_has_an_interval_over_images_which_a_bootstrap_confirms() -
     draws, generator = [], np.random.default_rng(0)
     for _ in range(2_000):
         chosen = generator.integers(0, IMAGES, IMAGES)
-        values = [metrics.f1_score(runs.labels[chosen] == 3, runs.predicted[0][chosen] == 3) for runs in (one, another)]
+        values = [
+            metrics.f1_score(runs.labels[chosen] == 3, runs.predicted[0][chosen] == 3)
+            for runs in (one, another)
+        ]
         draws.append(values[1] - values[0])
     assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * np.std(draws), rel=0.08)
 
 
 def test_unpaired_seeds_give_wider_intervals_than_pairs_of_alike_runs() -> None:
     """Runs of one seed are alike here, so that pairing tells; the centre stays."""
-    alike = changes.Predictions(REFERENCE.seeds, REFERENCE.index, REFERENCE.labels, REFERENCE.probabilities.copy())
-    strangers = changes.Predictions((7, 8, 9), REFERENCE.index, REFERENCE.labels, REFERENCE.probabilities)
+    alike = changes.Predictions(
+        REFERENCE.seeds, REFERENCE.index, REFERENCE.labels, REFERENCE.probabilities.copy()
+    )
+    strangers = changes.Predictions(
+        (7, 8, 9), REFERENCE.index, REFERENCE.labels, REFERENCE.probabilities
+    )
     pairs, none = changes.per_class(REFERENCE, alike), changes.per_class(REFERENCE, strangers)
     assert (pairs["high"] - pairs["low"]).max() < 1e-12
     assert (none["high"] - none["low"]).min() > 1e-3
@@ -139,15 +169,24 @@ def test_unpaired_seeds_give_wider_intervals_than_pairs_of_alike_runs() -> None:
 def test_calibration_is_that_of_a_loop_and_of_scikit_learn() -> None:
     found = changes.calibration(OTHER)
     for run, ece, nll in zip(OTHER.probabilities, found.ece, found.nll, strict=True):
-        assert nll == pytest.approx(metrics.log_loss(OTHER.labels, run.astype(float) / run.astype(float).sum(1, keepdims=True)), rel=1e-5)
+        assert nll == pytest.approx(
+            metrics.log_loss(
+                OTHER.labels, run.astype(float) / run.astype(float).sum(1, keepdims=True)
+            ),
+            rel=1e-5,
+        )
         expected, sure = 0.0, run.max(1)
         for low, high in zip(np.arange(15) / 15, np.arange(1, 16) / 15, strict=True):
             inside = (sure > low) & (sure <= high)
             if inside.any():
-                expected += inside.mean() * abs((run.argmax(1) == OTHER.labels)[inside].mean() - sure[inside].mean())
+                expected += inside.mean() * abs(
+                    (run.argmax(1) == OTHER.labels)[inside].mean() - sure[inside].mean()
+                )
         assert ece == pytest.approx(expected, rel=1e-5)
     assert found.table["images"].sum() == 3 * IMAGES
     low, high = found.table["low"], found.table["high"]
     held = found.table["images"] > 0
-    assert ((found.table["confidence"] > low) & (found.table["confidence"] <= high + 1e-6))[held].all()
+    assert ((found.table["confidence"] > low) & (found.table["confidence"] <= high + 1e-6))[
+        held
+    ].all()
     assert found.table.loc[~held, "accuracy"].isna().all()

@@ -51,7 +51,9 @@ def assert_same_bits(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert found["step"] == wanted["step"]
     assert torch.equal(found["parameters"], wanted["parameters"])
     assert set(found["buffers"]) == set(wanted["buffers"])
-    assert all(torch.equal(found["buffers"][name], buffer) for name, buffer in wanted["buffers"].items())
+    assert all(
+        torch.equal(found["buffers"][name], buffer) for name, buffer in wanted["buffers"].items()
+    )
 
 
 def write(path: Path, content: bytes) -> None:
@@ -72,7 +74,9 @@ SPECS = [experiment(lr=0.1), experiment(lr=0.1, momentum=0.9), experiment()]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=["sgd", "momentum", "adamw"])
-def test_a_state_comes_back_bit_for_bit(spec: specs.ExperimentSpec, tmp_path: Path, dataset: data.Dataset) -> None:
+def test_a_state_comes_back_bit_for_bit(
+    spec: specs.ExperimentSpec, tmp_path: Path, dataset: data.Dataset
+) -> None:
     state = trained(spec, dataset)
     checkpoint.save(tmp_path, spec, state)
     assert_same_bits(checkpoint.load(tmp_path / "checkpoint.pt", spec), state)
@@ -86,17 +90,25 @@ def test_best_weights_come_back_too(tmp_path: Path, state: dict[str, Any]) -> No
         loaded = checkpoint.load(tmp_path / "checkpoint.pt", experiment())["best"]
         assert (loaded and loaded["step"]) == (saved and saved["step"])
     checkpoint.save(tmp_path, experiment(), {**state, "best": best})
-    assert torch.equal(checkpoint.load(tmp_path / "checkpoint.pt", experiment())["best"]["parameters"], best["parameters"])
+    assert torch.equal(
+        checkpoint.load(tmp_path / "checkpoint.pt", experiment())["best"]["parameters"],
+        best["parameters"],
+    )
 
 
 def test_torch_reads_a_saved_file_by_itself(tmp_path: Path, state: dict[str, Any]) -> None:
     checkpoint.save(tmp_path, experiment(), state)
     content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert torch.equal(content["parameters"], state["parameters"])
-    assert (content["spec"], content["fingerprint"]) == (experiment().flat(), experiment().fingerprint)
+    assert (content["spec"], content["fingerprint"]) == (
+        experiment().flat(),
+        experiment().fingerprint,
+    )
 
 
-def test_a_saved_file_ends_with_the_digest_of_the_rest(tmp_path: Path, state: dict[str, Any]) -> None:
+def test_a_saved_file_ends_with_the_digest_of_the_rest(
+    tmp_path: Path, state: dict[str, Any]
+) -> None:
     checkpoint.save(tmp_path, experiment(), state)
     written = (tmp_path / "checkpoint.pt").read_bytes()
     assert written[-32:] == hashlib.sha256(written[:-32]).digest()
@@ -105,22 +117,35 @@ def test_a_saved_file_ends_with_the_digest_of_the_rest(tmp_path: Path, state: di
 # ---- refused
 
 
-def test_another_specs_checkpoint_is_refused_by_the_fields_that_differ(tmp_path: Path, state: dict[str, Any]) -> None:
+def test_another_specs_checkpoint_is_refused_by_the_fields_that_differ(
+    tmp_path: Path, state: dict[str, Any]
+) -> None:
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(tmp_path, experiment(), state)
     with pytest.raises(StoreError, match=r"another spec: train\.seed 0 there, 1 here$"):
         checkpoint.load(path, experiment(seed=1))
     longer = experiment().train.model_copy(update={"epochs": 4})
-    with pytest.raises(StoreError, match=r"model\.hidden \[8\] there, \[9\] here, train\.epochs 3 there, 4 here$"):
-        checkpoint.load(path, experiment().model_copy(update={"train": longer, "model": specs.MLP(hidden=(9,))}))
+    with pytest.raises(
+        StoreError, match=r"model\.hidden \[8\] there, \[9\] here, train\.epochs 3 there, 4 here$"
+    ):
+        checkpoint.load(
+            path, experiment().model_copy(update={"train": longer, "model": specs.MLP(hidden=(9,))})
+        )
     with pytest.raises(StoreError, match=r"optimizer\.momentum None there, 0\.9 here"):
         checkpoint.load(path, experiment(lr=0.1, momentum=0.9))
 
 
 def test_what_does_not_define_a_run_may_differ(tmp_path: Path, state: dict[str, Any]) -> None:
     checkpoint.save(tmp_path, experiment(), state)
-    other = {"name": "another-name", "question": "why?", "compute": specs.Compute(device="cpu", threads=2)}
-    assert checkpoint.load(tmp_path / "checkpoint.pt", experiment().model_copy(update=other))["step"] == 7
+    other = {
+        "name": "another-name",
+        "question": "why?",
+        "compute": specs.Compute(device="cpu", threads=2),
+    }
+    assert (
+        checkpoint.load(tmp_path / "checkpoint.pt", experiment().model_copy(update=other))["step"]
+        == 7
+    )
 
 
 def places(size: int) -> list[int]:
@@ -164,14 +189,18 @@ class Bait:
 
 
 @pytest.mark.parametrize("form", ["torch", "pickle"])
-def test_a_file_with_code_in_it_is_refused_and_not_run(form: str, tmp_path: Path, state: dict[str, Any]) -> None:
+def test_a_file_with_code_in_it_is_refused_and_not_run(
+    form: str, tmp_path: Path, state: dict[str, Any]
+) -> None:
     spec, path, trap = experiment(), tmp_path / "checkpoint.pt", tmp_path / "trap"
     content = {"fingerprint": spec.fingerprint, "spec": spec.flat(), **state, "more": Bait(trap)}
     write(path, pack(content) if form == "torch" else pickle.dumps(content["more"], protocol=2))
     with pytest.raises(ValueError, match="is no checkpoint of this program"):
         checkpoint.load(path, spec)
     assert not trap.exists()
-    with contextlib.suppress(RuntimeError):  # a bare pickle is no checkpoint, but is unpickled before that is seen
+    with contextlib.suppress(
+        RuntimeError
+    ):  # a bare pickle is no checkpoint, but is unpickled before that is seen
         torch.load(path, weights_only=False)
     assert trap.exists(), "the bait does nothing, so its refusal proves nothing"
 
@@ -204,7 +233,10 @@ def test_the_one_before_is_kept_and_no_other(tmp_path: Path, state: dict[str, An
         checkpoint.save(tmp_path, experiment(), {**state, "step": step})
     assert checkpoint.load(tmp_path / "checkpoint.pt", experiment())["step"] == 9
     assert checkpoint.load(tmp_path / "checkpoint.previous.pt", experiment())["step"] == 8
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.previous.pt", "checkpoint.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint.previous.pt",
+        "checkpoint.pt",
+    ]
 
 
 def test_a_stale_partial_file_changes_nothing(tmp_path: Path, state: dict[str, Any]) -> None:
@@ -233,7 +265,12 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize(("renames", "newest", "previous"), [(0, 8, 7), (1, None, 8), (2, 9, 8)])
 def test_a_kill_at_any_rename_leaves_a_whole_checkpoint(
-    renames: int, newest: int | None, previous: int, tmp_path: Path, state: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    renames: int,
+    newest: int | None,
+    previous: int,
+    tmp_path: Path,
+    state: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for step in (7, 8):
         checkpoint.save(tmp_path, experiment(), {**state, "step": step})
@@ -257,7 +294,9 @@ def test_a_kill_at_any_rename_leaves_a_whole_checkpoint(
     assert checkpoint.load(tmp_path / "checkpoint.pt", experiment())["step"] == 10
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, state: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, state: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint.save(tmp_path, experiment(), state)
     done, fsync, rename = [], os.fsync, Path.replace
 
@@ -274,4 +313,8 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, state: dic
     checkpoint.save(tmp_path, experiment(), {**state, "step": 8})
     flushed, _, named = done
     assert [what for what, *_ in done] == ["on the disk", "checkpoint.previous.pt", "checkpoint.pt"]
-    assert flushed[1:] == named[1:] == ((tmp_path / "checkpoint.pt").stat().st_ino, (tmp_path / "checkpoint.pt").stat().st_size)
+    assert (
+        flushed[1:]
+        == named[1:]
+        == ((tmp_path / "checkpoint.pt").stat().st_ino, (tmp_path / "checkpoint.pt").stat().st_size)
+    )

@@ -19,7 +19,21 @@ from fmnist import spec as specs
 
 PACKAGE = Path(specs.__file__).parent
 NAMES = experiments.names(PACKAGE.parent)
-COMMANDS = ["run", "extend", "verify", "sweep", "show", "list", "runs", "compare", "promote", "doctor", "data", "sync", "report"]
+COMMANDS = [
+    "run",
+    "extend",
+    "verify",
+    "sweep",
+    "show",
+    "list",
+    "runs",
+    "compare",
+    "promote",
+    "doctor",
+    "data",
+    "sync",
+    "report",
+]
 COMMANDS += ["ui", "serve", "predict"]
 PLAN = {
     "training_images": 60_000,
@@ -41,7 +55,9 @@ def refused(result: "subprocess.CompletedProcess[str]", home: Path, *fragments: 
     """One line on stderr, nothing on stdout, and nothing begun."""
     assert (result.returncode, result.stdout) == (2, ""), result
     assert re.fullmatch(r"fmnist: .+\n", result.stderr), result.stderr
-    assert [fragment for fragment in fragments if fragment not in result.stderr] == [], result.stderr
+    assert [fragment for fragment in fragments if fragment not in result.stderr] == [], (
+        result.stderr
+    )
     assert not (home / "mlruns").exists()
 
 
@@ -60,11 +76,31 @@ def taken() -> Iterator[int]:
 @pytest.mark.parametrize(
     ("arguments", "environment", "fragments"),
     [
-        (["run", "baselin"], {}, ["unknown experiment 'baselin'", "did you mean 'baseline'?", "epochs-40"]),
-        (["run", "../experiments/baseline"], {}, ["'../experiments/baseline'", "no path separators"]),
-        (["run", "baseline", "--set", "train.epoch=3"], {}, ["--set train.epoch=3", "did you mean 'epochs'", "batch_size"]),
-        (["show", "baselin", "--json"], {}, ["unknown experiment 'baselin'", "did you mean 'baseline'?"]),
-        (["run", "baseline"], {"MLFLOW_TRACKING_URI": "file://me:secret@/tmp/runs"}, ["MLFLOW_TRACKING_URI", "http://", "unset it"]),
+        (
+            ["run", "baselin"],
+            {},
+            ["unknown experiment 'baselin'", "did you mean 'baseline'?", "epochs-40"],
+        ),
+        (
+            ["run", "../experiments/baseline"],
+            {},
+            ["'../experiments/baseline'", "no path separators"],
+        ),
+        (
+            ["run", "baseline", "--set", "train.epoch=3"],
+            {},
+            ["--set train.epoch=3", "did you mean 'epochs'", "batch_size"],
+        ),
+        (
+            ["show", "baselin", "--json"],
+            {},
+            ["unknown experiment 'baselin'", "did you mean 'baseline'?"],
+        ),
+        (
+            ["run", "baseline"],
+            {"MLFLOW_TRACKING_URI": "file://me:secret@/tmp/runs"},
+            ["MLFLOW_TRACKING_URI", "http://", "unset it"],
+        ),
         (
             ["report"],
             {"MLFLOW_TRACKING_URI": "sqlite:////nowhere/runs.db"},
@@ -73,7 +109,11 @@ def taken() -> Iterator[int]:
     ],
 )
 def test_a_mistake_is_one_line_with_its_remedy_and_nothing_is_begun(
-    fmnist: Fmnist, home: Path, arguments: list[str], environment: dict[str, str], fragments: list[str]
+    fmnist: Fmnist,
+    home: Path,
+    arguments: list[str],
+    environment: dict[str, str],
+    fragments: list[str],
 ) -> None:
     result = fmnist(*arguments, **environment)
     refused(result, home, *fragments)
@@ -84,12 +124,19 @@ def test_several_mistakes_are_a_line_each(fmnist: Fmnist) -> None:
     result = fmnist("show", "baseline", "--set", "train.epochs=0", "--set", "optimizer.lr=fast")
     assert (result.returncode, result.stdout) == (2, "")
     lines = result.stderr.splitlines()
-    assert [line.split(":")[1].strip() for line in lines] == ["--set optimizer.lr=fast", "--set train.epochs=0"]
+    assert [line.split(":")[1].strip() for line in lines] == [
+        "--set optimizer.lr=fast",
+        "--set train.epochs=0",
+    ]
 
 
-def test_a_tracking_server_that_does_not_answer_is_told_within_ten_seconds(fmnist: Fmnist, home: Path) -> None:
+def test_a_tracking_server_that_does_not_answer_is_told_within_ten_seconds(
+    fmnist: Fmnist, home: Path
+) -> None:
     began = time.monotonic()
-    fmnist("run", "baseline", MLFLOW_TRACKING_URI="nowhere")  # what the imports alone take, on a machine that may be busy
+    fmnist(
+        "run", "baseline", MLFLOW_TRACKING_URI="nowhere"
+    )  # what the imports alone take, on a machine that may be busy
     server, imported = f"127.0.0.1:{free_port()}", time.monotonic()
     result = fmnist("run", "baseline", MLFLOW_TRACKING_URI=f"http://me:secret@{server}")
     refused(result, home, f"http://{server}", "start it, unset MLFLOW_TRACKING_URI", "--no-sync")
@@ -97,18 +144,28 @@ def test_a_tracking_server_that_does_not_answer_is_told_within_ten_seconds(fmnis
     assert time.monotonic() - imported < 10 + (imported - began)
 
 
-def test_report_on_an_empty_home_names_the_remedy_and_creates_nothing(fmnist: Fmnist, home: Path) -> None:
+def test_report_on_an_empty_home_names_the_remedy_and_creates_nothing(
+    fmnist: Fmnist, home: Path
+) -> None:
     refused(fmnist("report"), home, "no runs are recorded", "make run EXP=baseline")
     assert not (home / "reports").exists()
 
 
-def test_sync_on_an_empty_home_says_there_is_nothing_and_creates_nothing(fmnist: Fmnist, home: Path) -> None:
+def test_sync_on_an_empty_home_says_there_is_nothing_and_creates_nothing(
+    fmnist: Fmnist, home: Path
+) -> None:
     result = fmnist("sync")
-    assert (result.returncode, result.stdout, result.stderr) == (0, "nothing to carry over: every run is in MLflow\n", "")
+    assert (result.returncode, result.stdout, result.stderr) == (
+        0,
+        "nothing to carry over: every run is in MLflow\n",
+        "",
+    )
     assert not (home / "mlruns").exists()
 
 
-def test_ui_on_a_taken_port_names_a_free_one_and_the_command(fmnist: Fmnist, home: Path, taken: int) -> None:
+def test_ui_on_a_taken_port_names_a_free_one_and_the_command(
+    fmnist: Fmnist, home: Path, taken: int
+) -> None:
     result = fmnist("ui", "--port", str(taken))
     refused(result, home, f"port {taken} on 127.0.0.1 is taken")
     (free,) = re.findall(r"make ui PORT=(\d+)", result.stderr)
@@ -133,23 +190,36 @@ def line_of(start: str) -> int:
     return next(number for number, line in enumerate(lines, 1) if line.startswith(start))
 
 
-def test_show_prints_value_and_origin_of_every_field_and_the_plan(fmnist: Fmnist, home: Path) -> None:
+def test_show_prints_value_and_origin_of_every_field_and_the_plan(
+    fmnist: Fmnist, home: Path
+) -> None:
     result = fmnist("show", "baseline", "--set", "optimizer.lr=1e-2")
     assert (result.returncode, result.stderr) == (0, "")
     fields, plan = (part.splitlines() for part in result.stdout.split("\n\n"))
-    shown = {path: (json.loads(value), origin) for path, value, origin in (re.split("  +", line, maxsplit=2) for line in fields)}
+    shown = {
+        path: (json.loads(value), origin)
+        for path, value, origin in (re.split("  +", line, maxsplit=2) for line in fields)
+    }
     resolved = experiments.load("baseline", ["optimizer.lr=1e-2"], home)
     assert {path: value for path, (value, _) in shown.items()} == resolved.spec.flat()
     assert shown["optimizer.lr"] == (0.01, "--set optimizer.lr=1e-2")
-    assert shown["optimizer.momentum"] == (0.9, f"experiments/baseline.yaml:{line_of('  momentum:')}")
+    assert shown["optimizer.momentum"] == (
+        0.9,
+        f"experiments/baseline.yaml:{line_of('  momentum:')}",
+    )
     assert shown["optimizer.weight_decay"] == (0.0, "default")
     assert shown["name"] == ("baseline", "the file's name")
     would = dict(re.split("  +", line, maxsplit=1) for line in plan)
-    assert would.pop("fingerprint") == f"{resolved.spec.fingerprint[:16]}  group {resolved.spec.group[:16]}"
+    assert (
+        would.pop("fingerprint")
+        == f"{resolved.spec.fingerprint[:16]}  group {resolved.spec.group[:16]}"
+    )
     assert would == {label.replace("_", " "): f"{value:,}" for label, value in PLAN.items()}
 
 
-def test_show_json_is_one_object_with_spec_origins_fingerprint_and_plan(fmnist: Fmnist, home: Path) -> None:
+def test_show_json_is_one_object_with_spec_origins_fingerprint_and_plan(
+    fmnist: Fmnist, home: Path
+) -> None:
     result = fmnist("show", "baseline", "--json")
     shown, spec = json.loads(result.stdout), experiments.load("baseline", root=home).spec
     assert (result.returncode, result.stderr, shown["plan"]) == (0, "", PLAN)
@@ -158,7 +228,9 @@ def test_show_json_is_one_object_with_spec_origins_fingerprint_and_plan(fmnist: 
     assert shown["origins"]["train.epochs"] == f"experiments/baseline.yaml:{line_of('  epochs:')}"
 
 
-def test_list_shows_every_experiment_and_a_broken_one_hides_no_other(fmnist: Fmnist, home: Path) -> None:
+def test_list_shows_every_experiment_and_a_broken_one_hides_no_other(
+    fmnist: Fmnist, home: Path
+) -> None:
     (home / "experiments" / "crooked.yaml").write_text("extends: baseline\ntrain: {epoch: 3}\n")
     (home / "experiments" / "no.yaml").write_text("extends: baseline\n")
     plain, as_json = fmnist("list"), fmnist("list", "--json")
@@ -173,8 +245,16 @@ def test_list_shows_every_experiment_and_a_broken_one_hides_no_other(fmnist: Fmn
     for name in NAMES:
         spec = experiments.load(name, root=home).spec
         assert f"{spec.steps:,} steps  {spec.question}" in lines[name]
-        assert rows[name] == {"name": name, "steps": spec.steps, "question": spec.question, "error": None}
-    for name, told in (("crooked", "experiments/crooked.yaml:2: train.epoch: unknown key"), ("no", "experiment name")):
+        assert rows[name] == {
+            "name": name,
+            "steps": spec.steps,
+            "question": spec.question,
+            "error": None,
+        }
+    for name, told in (
+        ("crooked", "experiments/crooked.yaml:2: train.epoch: unknown key"),
+        ("no", "experiment name"),
+    ):
         assert f"BROKEN: {told}" in lines[name]
         assert rows[name]["error"].startswith(told)
 
@@ -190,10 +270,25 @@ def test_show_imports_neither_torch_nor_mlflow() -> None:
 
 def test_importing_prints_nothing_and_only_what_trains_imports_torch() -> None:
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
-    trains = {"checkpoint", "data", "doctor", "engine", "environment", "model", "optim", "runner", "training", "verify"}
+    trains = {
+        "checkpoint",
+        "data",
+        "doctor",
+        "engine",
+        "environment",
+        "model",
+        "optim",
+        "runner",
+        "training",
+        "verify",
+    }
     assert trains < modules
     lines = [f"import fmnist.{name}" for name in sorted(modules - trains)]
-    result = printed_by("\n".join([*lines, "import sys", "assert not {'torch', 'mlflow'} & set(sys.modules), 'imported'"]))
+    result = printed_by(
+        "\n".join(
+            [*lines, "import sys", "assert not {'torch', 'mlflow'} & set(sys.modules), 'imported'"]
+        )
+    )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
@@ -211,12 +306,16 @@ def test_an_answer_that_reaches_nobody_is_told_or_left(home: Path) -> None:
     command = [Path(sys.executable).with_name("fmnist"), "list", "--json"]
     environment = {**os.environ, "FMNIST_HOME": str(home)}
     with open("/dev/full", "w") as full:
-        result = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        result = subprocess.run(
+            command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
     assert "No space left on device" in result.stderr
     reader, writer = os.pipe()
     os.close(reader)
-    result = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    result = subprocess.run(
+        command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
+    )
     os.close(writer)
     assert (result.returncode, result.stderr) == (1, "")
 
@@ -225,41 +324,66 @@ def test_an_answer_that_reaches_nobody_is_told_or_left(home: Path) -> None:
 def test_shell_completion_offers_experiment_names(home: Path, words: str) -> None:
     (home / "experiments" / "linear.yaml").touch()
     script = Path(sys.executable).with_name("fmnist")
-    asked = {**os.environ, "_FMNIST_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "2"}
+    asked = {
+        **os.environ,
+        "_FMNIST_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": "2",
+    }
     result = subprocess.run([script], env=asked, capture_output=True, text=True, timeout=60)
-    assert result.stdout.split() == sorted(["linear", *(name for name in NAMES if name.startswith("l"))]), result.stderr
+    assert result.stdout.split() == sorted(
+        ["linear", *(name for name in NAMES if name.startswith("l"))]
+    ), result.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
         (["run"], ["EXP is missing", "fmnist list"]),
-        (["run", "baseline", "--resume", "nothing"], ["'nothing' fits 0 of the runs that are on disk", "none"]),
+        (
+            ["run", "baseline", "--resume", "nothing"],
+            ["'nothing' fits 0 of the runs that are on disk", "none"],
+        ),
     ],
 )
-def test_what_to_run_has_to_be_clear(fmnist: Fmnist, home: Path, arguments: list[str], fragments: list[str]) -> None:
+def test_what_to_run_has_to_be_clear(
+    fmnist: Fmnist, home: Path, arguments: list[str], fragments: list[str]
+) -> None:
     refused(fmnist(*arguments), home, *fragments)
 
 
-def test_resume_refuses_what_it_cant_continue_and_doctor_tells_what_to_do(fmnist: Fmnist, home: Path) -> None:
+def test_resume_refuses_what_it_cant_continue_and_doctor_tells_what_to_do(
+    fmnist: Fmnist, home: Path
+) -> None:
     assert fmnist(*SMALL, "--no-sync").returncode == 0
     key = state.state_folders(home)[0].path.name
     for arguments, fragment in (
         (["run", "--resume", key], f"{key} has ended, there is nothing to continue; `fmnist sync`"),
-        (["run", "baseline", "--resume", key, "--fresh"], "--fresh starts anew and --resume goes on"),
+        (
+            ["run", "baseline", "--resume", key, "--fresh"],
+            "--fresh starts anew and --resume goes on",
+        ),
     ):
         result = fmnist(*arguments)
         assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
         assert fragment in result.stderr
     doctor = fmnist("doctor", "--json")
-    findings = {finding["what"].partition(":")[0]: finding for finding in json.loads(doctor.stdout)["findings"]}
+    findings = {
+        finding["what"].partition(":")[0]: finding
+        for finding in json.loads(doctor.stdout)["findings"]
+    }
     assert doctor.returncode == 1
-    assert findings[key] == {"what": f"{key}: ended, not all of it in MLflow", "remedy": "fmnist sync"}
+    assert findings[key] == {
+        "what": f"{key}: ended, not all of it in MLflow",
+        "remedy": "fmnist sync",
+    }
     assert set(findings) == {"environment", "data", "disk", "store", key}
     assert findings["store"]["what"] == "store: none yet, the first run makes it"
 
 
-def test_doctor_names_every_trouble(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_names_every_trouble(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fmnist import doctor
 
     (home / "data").unlink()
@@ -272,5 +396,12 @@ def test_doctor_names_every_trouble(home: Path, tmp_path: Path, monkeypatch: pyt
     found = list(doctor.findings(home))
     assert all(finding.remedy for finding in found)
     told = " ".join(finding.what for finding in found)
-    for fragment in ("torch ", "pandas ", "train-images-idx3-ubyte is missing", "GB free", "store: can't be used", ".left-1"):
+    for fragment in (
+        "torch ",
+        "pandas ",
+        "train-images-idx3-ubyte is missing",
+        "GB free",
+        "store: can't be used",
+        ".left-1",
+    ):
         assert fragment in told

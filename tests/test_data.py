@@ -55,13 +55,22 @@ def test_images_and_labels_are_torchvisions(train: bool, whole: data.Dataset) ->
 
 
 def test_raw_images_are_the_untouched_pixels() -> None:
-    assert np.array_equal(data.raw_images(REPOSITORY, 7), FashionMNIST(REPOSITORY / "data", train=False).data[:7].numpy())
+    assert np.array_equal(
+        data.raw_images(REPOSITORY, 7),
+        FashionMNIST(REPOSITORY / "data", train=False).data[:7].numpy(),
+    )
 
 
 def test_constants_are_the_training_images_mean_and_deviation() -> None:
-    levels, counts = np.arange(256) / 255, torch.bincount(FashionMNIST(REPOSITORY / "data").data.flatten(), minlength=256).numpy()
+    levels, counts = (
+        np.arange(256) / 255,
+        torch.bincount(FashionMNIST(REPOSITORY / "data").data.flatten(), minlength=256).numpy(),
+    )
     mean = np.average(levels, weights=counts)
-    assert (round(mean, 5), round(np.average((levels - mean) ** 2, weights=counts) ** 0.5, 5)) == (data.MEAN, data.STD)
+    assert (round(mean, 5), round(np.average((levels - mean) ** 2, weights=counts) ** 0.5, 5)) == (
+        data.MEAN,
+        data.STD,
+    )
 
 
 def test_standard_normalisation_gives_mean_0_and_deviation_1() -> None:
@@ -77,11 +86,17 @@ def items(split: data.Dataset) -> list[tuple[torch.Tensor, int]]:
 
 
 @pytest.mark.parametrize("batch_size", [32, 999, 7_000])
-def test_batches_are_a_data_loaders(batch_size: int, split: data.Dataset, items: list[tuple[torch.Tensor, int]]) -> None:
+def test_batches_are_a_data_loaders(
+    batch_size: int, split: data.Dataset, items: list[tuple[torch.Tensor, int]]
+) -> None:
     n, seed, epoch = len(split.train), 3, 2
-    theirs = DataLoader(Subset(items, data.order(n, seed, epoch).tolist()), batch_size, shuffle=False)
+    theirs = DataLoader(
+        Subset(items, data.order(n, seed, epoch).tolist()), batch_size, shuffle=False
+    )
     ours = list(split.batches(batch_size, seed, epoch))
-    assert [len(labels) for _, labels in ours] == [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
+    assert [len(labels) for _, labels in ours] == [batch_size] * (n // batch_size) + [
+        n % batch_size
+    ] * (n % batch_size > 0)
     for (images, labels), (their_images, their_labels) in zip(ours, theirs, strict=True):
         torch.testing.assert_close(images, their_images, rtol=2e-7, atol=0)
         assert torch.equal(labels, their_labels)
@@ -89,11 +104,15 @@ def test_batches_are_a_data_loaders(batch_size: int, split: data.Dataset, items:
 
 def test_an_epoch_visits_every_image_once_in_its_own_order() -> None:
     n = 1_003
-    numbered = data.Split(torch.arange(float(n))[:, None].expand(n, specs.PIXELS), torch.arange(n), np.arange(n))
+    numbered = data.Split(
+        torch.arange(float(n))[:, None].expand(n, specs.PIXELS), torch.arange(n), np.arange(n)
+    )
     dataset = data.Dataset(numbered, numbered, None)
 
     def visited(seed: int, epoch: int) -> list[float]:
-        return torch.cat([images[:, 0, 0, 0] for images, _ in dataset.batches(100, seed, epoch)]).tolist()
+        return torch.cat(
+            [images[:, 0, 0, 0] for images, _ in dataset.batches(100, seed, epoch)]
+        ).tolist()
 
     keys = [(seed, epoch) for seed in (0, 1, 11, 2**32 - 1) for epoch in (0, 1, 2, 11)]
     orders = [visited(*key) for key in keys]
@@ -171,7 +190,9 @@ def unreachable(into: Path) -> None:
 
 
 def test_nothing_is_fetched_or_written_when_the_files_are_there(tmp_path: Path) -> None:
-    (tmp_path / "data" / ".lock").mkdir(parents=True)  # so that nobody can lock it, as in a folder that is read-only
+    (tmp_path / "data" / ".lock").mkdir(
+        parents=True
+    )  # so that nobody can lock it, as in a folder that is read-only
     (tmp_path / "data" / "FashionMNIST").symlink_to(REPOSITORY / "data" / "FashionMNIST")
     said: list[str] = []
     data.ensure(tmp_path, said.append, [("none", unreachable)])
@@ -179,13 +200,19 @@ def test_nothing_is_fetched_or_written_when_the_files_are_there(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("source", [plain, packed])
-def test_a_source_leaves_the_four_verified_files(source: Callable[[Path], None], tmp_path: Path) -> None:
+def test_a_source_leaves_the_four_verified_files(
+    source: Callable[[Path], None], tmp_path: Path
+) -> None:
     data.ensure(tmp_path, sources=[("good", source)])
     assert whole_and_alone(tmp_path)
 
 
-@pytest.mark.parametrize(("damage", "name"), [(flip, "t10k-labels-idx1-ubyte"), (cut, "train-images-idx3-ubyte")])
-def test_a_damaged_file_is_told_and_replaced(damage: Callable[[Path], None], name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "name"), [(flip, "t10k-labels-idx1-ubyte"), (cut, "train-images-idx3-ubyte")]
+)
+def test_a_damaged_file_is_told_and_replaced(
+    damage: Callable[[Path], None], name: str, tmp_path: Path
+) -> None:
     raw = data.raw_folder(tmp_path)
     raw.mkdir(parents=True)
     plain(raw)
@@ -199,7 +226,10 @@ def test_a_damaged_file_is_told_and_replaced(damage: Callable[[Path], None], nam
 
 
 def test_a_wrong_source_is_refused_and_the_next_one_tried(tmp_path: Path) -> None:
-    data.ensure(tmp_path, sources=[("a bad mirror", altered), ("an empty one", lambda into: None), ("good", plain)])
+    data.ensure(
+        tmp_path,
+        sources=[("a bad mirror", altered), ("an empty one", lambda into: None), ("good", plain)],
+    )
     assert whole_and_alone(tmp_path)
 
 
@@ -213,7 +243,9 @@ def test_without_a_source_the_error_tells_each_reason_and_the_remedy(tmp_path: P
     with pytest.raises(DataError) as caught:
         data.ensure(tmp_path, sources=[("a bad mirror", altered), ("a dead one", unreachable)])
     lines = str(caught.value).splitlines()
-    assert any("a bad mirror" in line and data.SHA256["t10k-labels-idx1-ubyte"] in line for line in lines)
+    assert any(
+        "a bad mirror" in line and data.SHA256["t10k-labels-idx1-ubyte"] in line for line in lines
+    )
     assert "  a dead one: no route to host" in lines
     assert str(data.raw_folder(tmp_path)) in lines[0]
     assert all(text in lines[-1] for text in ("by hand", *data.SHA256))
@@ -238,7 +270,12 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0)
 
 
 def test_two_processes_at_once_fetch_once_and_both_succeed(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", FETCH_TWICE, str(tmp_path), str(PUBLISHED)], cwd=REPOSITORY, timeout=60, check=True)
+    subprocess.run(
+        [sys.executable, "-c", FETCH_TWICE, str(tmp_path), str(PUBLISHED)],
+        cwd=REPOSITORY,
+        timeout=60,
+        check=True,
+    )
     assert (tmp_path / "fetched").read_text() == "x"
     assert whole_and_alone(tmp_path)
 
@@ -257,13 +294,22 @@ def test_a_data_folder_that_cant_be_written_is_a_data_error(tmp_path: Path) -> N
         data.ensure(tmp_path, sources=[("good", plain)])
 
 
-@pytest.mark.skipif(not (shutil.which("apt-get") and shutil.which("dpkg-deb")), reason="no Debian package tools here")
+@pytest.mark.skipif(
+    not (shutil.which("apt-get") and shutil.which("dpkg-deb")),
+    reason="no Debian package tools here",
+)
 def test_the_debian_package_holds_the_files(tmp_path: Path) -> None:
     try:
         data.ensure(tmp_path, sources=[("Debian", data._debian_package)])
     except DataError as error:
         (tmp_path / "lists" / "partial").mkdir(parents=True)
-        update = ["apt-get", "-q", f"-oDir::State::lists={tmp_path / 'lists'}", "-oAPT::Update::Error-Mode=any", "update"]
+        update = [
+            "apt-get",
+            "-q",
+            f"-oDir::State::lists={tmp_path / 'lists'}",
+            "-oAPT::Update::Error-Mode=any",
+            "update",
+        ]
         if subprocess.run(update, capture_output=True, timeout=120).returncode != 0:
             pytest.skip(f"the package index can't be reached: {error}")
         raise
@@ -288,7 +334,9 @@ def test_a_file_cut_or_altered_anywhere_is_never_taken_for_right(tmp_path: Path)
                 file.seek(place)
                 file.write(byte)
         whole = path.read_bytes()
-        for length in sorted([0, 1, size - 1, *(positions.randrange(size) for _ in range(17))], reverse=True):
+        for length in sorted(
+            [0, 1, size - 1, *(positions.randrange(size) for _ in range(17))], reverse=True
+        ):
             os.truncate(path, length)
             assert list(data.faults(tmp_path)) == [name], f"{name}, {length} bytes"
         path.write_bytes(whole)

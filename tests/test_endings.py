@@ -28,18 +28,30 @@ def only_folder(home: Path) -> state.StateFolder:
 def assert_continued(home: Path, run_id: str, finished: "subprocess.CompletedProcess[str]") -> None:
     """The second command finished the first one's run, with every point once and nothing left of the interruption but its tags."""
     outcome = json.loads(finished.stdout)
-    assert (finished.returncode, outcome["status"], outcome["run_id"]) == (0, "FINISHED", run_id), finished.stderr
+    assert (finished.returncode, outcome["status"], outcome["run_id"]) == (0, "FINISHED", run_id), (
+        finished.stderr
+    )
     store = tracking.connect(home)
     run = store.client.get_run(run_id)
-    assert (run.info.status, run.data.tags["resumes"], run.data.tags.get("reason")) == ("FINISHED", "1", None)
+    assert (run.info.status, run.data.tags["resumes"], run.data.tags.get("reason")) == (
+        "FINISHED",
+        "1",
+        None,
+    )
     assert stored_steps(store, run_id) == list(range(1, STEPS + 1))
-    assert [point.step for point in store.client.get_metric_history(run_id, "val/loss")] == [*range(0, STEPS, 500), STEPS]
+    assert [point.step for point in store.client.get_metric_history(run_id, "val/loss")] == [
+        *range(0, STEPS, 500),
+        STEPS,
+    ]
     assert len(store.runs(status=None)) == 1
     assert store.curves(run_id)["step"].tolist() == list(range(STEPS + 1))
     wait_for(lambda: not state.state_folders(home))
 
 
-@pytest.mark.parametrize(("signal_number", "exit_code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("signal_number", "exit_code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_signal_ends_a_run_as_killed_and_the_same_command_continues_it(
     fmnist: Fmnist, home: Path, signal_number: int, exit_code: int
 ) -> None:
@@ -52,15 +64,25 @@ def test_signal_ends_a_run_as_killed_and_the_same_command_continues_it(
     store = tracking.connect(home)
     assert store.client.get_run(outcome["run_id"]).info.status == "KILLED"
     assert stored_steps(store, outcome["run_id"]) == list(range(1, outcome["steps"] + 1))
-    assert signal.Signals(signal_number).name in store.client.get_run(outcome["run_id"]).data.tags["reason"]
-    assert torch.load(only_folder(home).path / "checkpoint.pt", weights_only=True)["step"] == outcome["steps"]
+    assert (
+        signal.Signals(signal_number).name
+        in store.client.get_run(outcome["run_id"]).data.tags["reason"]
+    )
+    assert (
+        torch.load(only_folder(home).path / "checkpoint.pt", weights_only=True)["step"]
+        == outcome["steps"]
+    )
     finished = fmnist(*EPOCHS)
-    assert f"continuing {outcome['key']} at step {outcome['steps']:,} of {STEPS:,}" in finished.stderr
+    assert (
+        f"continuing {outcome['key']} at step {outcome['steps']:,} of {STEPS:,}" in finished.stderr
+    )
     assert_continued(home, outcome["run_id"], finished)
 
 
 @pytest.mark.slow
-def test_kill_9_of_trainer_and_sidecar_is_seen_by_the_next_command_and_continued_once(fmnist: Fmnist, home: Path) -> None:
+def test_kill_9_of_trainer_and_sidecar_is_seen_by_the_next_command_and_continued_once(
+    fmnist: Fmnist, home: Path
+) -> None:
     process = start(*EPOCHS)
     wait_for(lambda: trained(home) >= 1000 and only_folder(home).carried.get("offset"))
     process.kill()
@@ -73,7 +95,9 @@ def test_kill_9_of_trainer_and_sidecar_is_seen_by_the_next_command_and_continued
     doctor = fmnist("doctor")
     assert doctor.returncode == 1
     assert f"{key}: interrupted at step {trained(home):,} of {STEPS:,}" in doctor.stdout
-    wait_for(lambda: store.client.get_run(run_id).info.status == "KILLED")  # `list` has started a sidecar
+    wait_for(
+        lambda: store.client.get_run(run_id).info.status == "KILLED"
+    )  # `list` has started a sidecar
     tags = store.client.get_run(run_id).data.tags
     assert "kill -9" in tags["reason"]
     assert stored_steps(store, run_id) == list(range(1, trained(home) + 1))
@@ -83,7 +107,9 @@ def test_kill_9_of_trainer_and_sidecar_is_seen_by_the_next_command_and_continued
     assert second.returncode == 2
     assert f"{key} is being trained by process {first.pid} on " in second.stderr
     stdout, stderr = first.communicate(timeout=120)
-    assert_continued(home, run_id, subprocess.CompletedProcess([], first.returncode, stdout, stderr))
+    assert_continued(
+        home, run_id, subprocess.CompletedProcess([], first.returncode, stdout, stderr)
+    )
 
 
 @pytest.mark.slow
@@ -116,12 +142,17 @@ def test_divergence_fails_the_run_and_names_the_first_bad_step(fmnist: Fmnist, h
 
 
 @pytest.mark.slow
-def test_error_while_training_fails_the_run_with_its_traceback(fmnist: Fmnist, home: Path, tmp_path: Path) -> None:
+def test_error_while_training_fails_the_run_with_its_traceback(
+    fmnist: Fmnist, home: Path, tmp_path: Path
+) -> None:
     # 200 kB let the journal grow and not the predictions: what a full disk does, at a place that is known.
     limit = 200_000
     command = [sys.executable, "-m", "fmnist", *SMALL, "--no-sync", "--json"]
     result = subprocess.run(
-        command, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     outcome = json.loads(result.stdout)
     assert (result.returncode, outcome["status"], outcome["resumable"]) == (3, "FAILED", True)

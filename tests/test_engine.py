@@ -27,10 +27,14 @@ BATCH, EPOCHS = 48, 5  # of 1,000 images: 21 steps an epoch, the last of them 40
 
 @pytest.fixture(scope="module")
 def dataset() -> data.Dataset:
-    whole = data.load(specs.Data(holdout=HOLDOUT), REPOSITORY, engine.device(specs.Compute(device="cpu")))
+    whole = data.load(
+        specs.Data(holdout=HOLDOUT), REPOSITORY, engine.device(specs.Compute(device="cpu"))
+    )
     n = 2_345  # the last of the chunks that evaluation goes by is a short one
     held_out = whole.validation
-    return data.Dataset(whole.train, data.Split(held_out.images[:n], held_out.labels[:n], held_out.index[:n]), None)
+    return data.Dataset(
+        whole.train, data.Split(held_out.images[:n], held_out.labels[:n], held_out.index[:n]), None
+    )
 
 
 @pytest.fixture
@@ -40,7 +44,10 @@ def precise(dataset: data.Dataset) -> Iterator[data.Dataset]:
     In float32 an activation that is 0 but for its rounding may be on in one of the two and off in the other.
     """
     torch.set_default_dtype(torch.float64)
-    train, held_out = (data.Split(split.images.double(), split.labels, split.index) for split in (dataset.train, dataset.validation))
+    train, held_out = (
+        data.Split(split.images.double(), split.labels, split.index)
+        for split in (dataset.train, dataset.validation)
+    )
     yield data.Dataset(train, held_out, None)
     torch.set_default_dtype(torch.float32)
 
@@ -54,16 +61,26 @@ def experiment(seed: int = 0, **sections: Any) -> specs.ExperimentSpec:
     return specs.ExperimentSpec(name="engine", **(settled | sections))
 
 
-def loop(spec: specs.ExperimentSpec, dataset: data.Dataset, module: nn.Module, steps: int = STEPS) -> engine.Curves:
+def loop(
+    spec: specs.ExperimentSpec, dataset: data.Dataset, module: nn.Module, steps: int = STEPS
+) -> engine.Curves:
     """Train the module for some steps as anyone would write it."""
     optimizer = torchs_optimizer(spec.optimizer, list(module.parameters()))
     scheduler = torchs_scheduler(spec, optimizer, spec.steps)
-    batches = (batch for epoch in range(EPOCHS) for batch in dataset.batches(BATCH, spec.train.seed, epoch))
+    batches = (
+        batch for epoch in range(EPOCHS) for batch in dataset.batches(BATCH, spec.train.seed, epoch)
+    )
     rows = []
     for images, labels in itertools.islice(batches, steps):
         logits = module(images)
         loss = functional.cross_entropy(logits, labels)
-        rows.append((loss.item(), metrics.accuracy_score(labels, logits.argmax(1)), scheduler.get_last_lr()[0]))
+        rows.append(
+            (
+                loss.item(),
+                metrics.accuracy_score(labels, logits.argmax(1)),
+                scheduler.get_last_lr()[0],
+            )
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -71,13 +88,20 @@ def loop(spec: specs.ExperimentSpec, dataset: data.Dataset, module: nn.Module, s
     return engine.Curves(*np.array(rows, float).T)
 
 
-def assert_same_training(ours: engine.Engine, found: engine.Curves, module: nn.Module, wanted: engine.Curves) -> None:
+def assert_same_training(
+    ours: engine.Engine, found: engine.Curves, module: nn.Module, wanted: engine.Curves
+) -> None:
     """Equal but for the rounding of sums, which the steps carry along."""
     exact = ours.parameters.dtype == torch.float64
     np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-12 if exact else 1e-5)
     np.testing.assert_array_equal(found.accuracy, wanted.accuracy.astype(found.accuracy.dtype))
     np.testing.assert_allclose(found.lr, wanted.lr, rtol=1e-12)
-    torch.testing.assert_close(ours.parameters[0], flat(module), rtol=1e-9 if exact else 1e-5, atol=1e-11 if exact else 1e-6)
+    torch.testing.assert_close(
+        ours.parameters[0],
+        flat(module),
+        rtol=1e-9 if exact else 1e-5,
+        atol=1e-11 if exact else 1e-6,
+    )
 
 
 def flat(module: nn.Module) -> torch.Tensor:
@@ -90,7 +114,9 @@ def assert_same_bits(found: engine.Curves, wanted: engine.Curves) -> None:
 
 
 def joined(*curves: engine.Curves) -> engine.Curves:
-    return engine.Curves(*(np.concatenate([getattr(part, name) for part in curves]) for name in CURVES))
+    return engine.Curves(
+        *(np.concatenate([getattr(part, name) for part in curves]) for name in CURVES)
+    )
 
 
 # ---- against the loop
@@ -106,8 +132,12 @@ def test_training_is_the_obvious_loop(optimizer: str, schedule: str, precise: da
 
 @pytest.mark.parametrize("activation", ["relu", "tanh", "sigmoid"])
 @pytest.mark.parametrize("hidden", [(), (300, 100), (32, 24, 16)])
-def test_every_mlp_trains_as_in_the_loop(hidden: tuple[int, ...], activation: str, precise: data.Dataset) -> None:
-    spec = experiment(seed=3, model=specs.MLP(hidden=hidden, activation=activation), optimizer=specs.SGD(lr=0.1))
+def test_every_mlp_trains_as_in_the_loop(
+    hidden: tuple[int, ...], activation: str, precise: data.Dataset
+) -> None:
+    spec = experiment(
+        seed=3, model=specs.MLP(hidden=hidden, activation=activation), optimizer=specs.SGD(lr=0.1)
+    )
     ours, module = engine.Engine([spec], precise), model.build(spec.model, spec.train.seed)
     assert_same_training(ours, ours.train(STEPS)[0], module, loop(spec, precise, module))
 
@@ -116,16 +146,24 @@ def record_gradients(trainer: engine.Engine) -> None:
     """Let autograd make the gradients that the engine would write out."""
     count = len(trainer.modules)
     inputs = {size: x.view(count, size, -1) for size, x in trainer.inputs.items()}
-    trainer.passes = {size: engine.AutogradGradient(trainer.modules, x, trainer.update) for size, x in inputs.items()}
+    trainer.passes = {
+        size: engine.AutogradGradient(trainer.modules, x, trainer.update)
+        for size, x in inputs.items()
+    }
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
-def test_an_engine_that_is_let_go_frees_its_tensors_at_once(optimizer: str, dataset: data.Dataset) -> None:
+def test_an_engine_that_is_let_go_frees_its_tensors_at_once(
+    optimizer: str, dataset: data.Dataset
+) -> None:
     gc.disable()  # many runs in a row would wait for it with all of their tensors
     try:
         trainer = engine.Engine([experiment(optimizer=OPTIMIZERS[optimizer])], dataset)
         trainer.train(3)
-        kept = [weakref.ref(tensor) for tensor in (trainer.parameters, trainer.update.gradients, *trainer.inputs.values())]
+        kept = [
+            weakref.ref(tensor)
+            for tensor in (trainer.parameters, trainer.update.gradients, *trainer.inputs.values())
+        ]
         del trainer
         assert [each() for each in kept] == [None] * len(kept)
     finally:
@@ -136,13 +174,19 @@ def test_autograd_trains_as_the_explicit_gradient(dataset: data.Dataset) -> None
     spec = experiment(optimizer=specs.SGD(lr=0.1, momentum=0.9))
     explicit, recorded = engine.Engine([spec], dataset), engine.Engine([spec], dataset)
     record_gradients(recorded)
-    assert_same_training(explicit, explicit.train(STEPS)[0], recorded.modules[0], recorded.train(STEPS)[0])
+    assert_same_training(
+        explicit, explicit.train(STEPS)[0], recorded.modules[0], recorded.train(STEPS)[0]
+    )
 
 
-def test_another_kind_of_module_trains_as_in_the_loop(dataset: data.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_kind_of_module_trains_as_in_the_loop(
+    dataset: data.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def convolutional(spec: specs.MLP, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Conv2d(1, 4, 5, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 5, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10)
+        )
 
     monkeypatch.setattr(model, "build", convolutional)  # a spec can't ask for such a model yet
     spec = experiment(optimizer=specs.SGD(lr=0.1))
@@ -202,14 +246,18 @@ def test_evaluation_is_the_full_batch_computation(dataset: data.Dataset) -> None
         logits = ours.modules[0](split.images.view(-1, 1, 28, 28))
     labels, predicted = split.labels.numpy(), found.logits.argmax(1)
     np.testing.assert_allclose(found.logits, logits.numpy(), rtol=1e-4, atol=1e-5)
-    assert found.loss == pytest.approx(functional.cross_entropy(logits.double(), split.labels).item(), rel=1e-6)
+    assert found.loss == pytest.approx(
+        functional.cross_entropy(logits.double(), split.labels).item(), rel=1e-6
+    )
     assert found.accuracy == metrics.accuracy_score(labels, predicted) > 0.5
     axes = plots.confusion_matrix(labels, predicted, "title").axes[0]
     drawn = np.zeros((10, 10), int)
     for text in axes.texts:
         column, row = text.get_position()
         drawn[row, column] = int(text.get_text())
-    np.testing.assert_array_equal(drawn, metrics.confusion_matrix(labels, predicted, labels=range(10)))
+    np.testing.assert_array_equal(
+        drawn, metrics.confusion_matrix(labels, predicted, labels=range(10))
+    )
 
 
 def test_a_diverging_run_shows_in_its_curves(dataset: data.Dataset) -> None:
@@ -223,7 +271,9 @@ def test_a_diverging_run_shows_in_its_curves(dataset: data.Dataset) -> None:
 @pytest.mark.parametrize("stop", [1, STEPS])
 def test_curves_have_a_value_per_step(stop: int, dataset: data.Dataset) -> None:
     curves = engine.Engine([experiment()], dataset).train(stop)[0]
-    assert [(getattr(curves, name).shape, getattr(curves, name).dtype) for name in CURVES] == [((stop,), t) for t in CURVES.values()]
+    assert [(getattr(curves, name).shape, getattr(curves, name).dtype) for name in CURVES] == [
+        ((stop,), t) for t in CURVES.values()
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -247,20 +297,40 @@ def test_velocities_that_decay_to_nothing_become_zero(dataset: data.Dataset) -> 
 LONG_RUN = 300
 STACKS = {
     "sgd": [specs.SGD(lr=0.1), specs.SGD(lr=0.1), specs.SGD(lr=0.02, weight_decay=0.01)],
-    "momentum": [specs.SGD(lr=0.02), specs.SGD(lr=0.05, momentum=0.9), specs.SGD(lr=0.02, momentum=0.5, weight_decay=0.01)],
-    "nesterov": [specs.SGD(lr=lr, momentum=momentum, nesterov=True) for lr, momentum in ((0.05, 0.9), (0.02, 0.5))],
+    "momentum": [
+        specs.SGD(lr=0.02),
+        specs.SGD(lr=0.05, momentum=0.9),
+        specs.SGD(lr=0.02, momentum=0.5, weight_decay=0.01),
+    ],
+    "nesterov": [
+        specs.SGD(lr=lr, momentum=momentum, nesterov=True)
+        for lr, momentum in ((0.05, 0.9), (0.02, 0.5))
+    ],
     "adam": [specs.Adam(lr=1e-3), specs.Adam(lr=3e-3, weight_decay=0.01)],
-    "adamw": [specs.AdamW(lr=1e-3), specs.AdamW(lr=3e-3, weight_decay=0.1), specs.AdamW(lr=3e-3, weight_decay=0.0)],
+    "adamw": [
+        specs.AdamW(lr=1e-3),
+        specs.AdamW(lr=3e-3, weight_decay=0.1),
+        specs.AdamW(lr=3e-3, weight_decay=0.0),
+    ],
 }
-SCHEDULED = [specs.Constant(), specs.Cosine(warmup_steps=20), specs.Step(every_epochs=2, factor=0.5)]
+SCHEDULED = [
+    specs.Constant(),
+    specs.Cosine(warmup_steps=20),
+    specs.Step(every_epochs=2, factor=0.5),
+]
 
 
 def members(stack: str) -> list[specs.ExperimentSpec]:
-    return [experiment(seed, optimizer=optimizer, schedule=SCHEDULED[seed]) for seed, optimizer in enumerate(STACKS[stack])]
+    return [
+        experiment(seed, optimizer=optimizer, schedule=SCHEDULED[seed])
+        for seed, optimizer in enumerate(STACKS[stack])
+    ]
 
 
 @pytest.mark.parametrize("stack", STACKS)
-def test_a_member_of_a_stack_is_the_run_of_its_spec_alone(stack: str, dataset: data.Dataset) -> None:
+def test_a_member_of_a_stack_is_the_run_of_its_spec_alone(
+    stack: str, dataset: data.Dataset
+) -> None:
     """To 1e-3 of the loss over 300 steps of SGD: the order of sums differs, and training carries the rounding along."""
     together = engine.Engine(members(stack), dataset)
     trained = [together.train(stop) for stop in (100, LONG_RUN)]
@@ -274,8 +344,13 @@ def test_a_member_of_a_stack_is_the_run_of_its_spec_alone(stack: str, dataset: d
         together_state, alone_state = together.state(k), alone.state()
         assert together_state["step"] == alone_state["step"] == LONG_RUN
         assert together_state["buffers"].keys() == alone_state["buffers"].keys()
-        torch.testing.assert_close(together_state["parameters"], alone_state["parameters"], rtol=1e-3, atol=1e-3)
-        together_evaluation, alone_evaluation = together.evaluate(dataset.validation, k), alone.evaluate(dataset.validation)
+        torch.testing.assert_close(
+            together_state["parameters"], alone_state["parameters"], rtol=1e-3, atol=1e-3
+        )
+        together_evaluation, alone_evaluation = (
+            together.evaluate(dataset.validation, k),
+            alone.evaluate(dataset.validation),
+        )
         assert together_evaluation.loss == pytest.approx(alone_evaluation.loss, rel=1e-3)
     assert len({float(curves.loss[-1]) for curves in trained[-1]}) == len(together.specs)
 
@@ -284,7 +359,10 @@ def test_a_member_that_diverges_leaves_the_others_as_they_are(dataset: data.Data
     calm = [experiment(seed, optimizer=specs.SGD(lr=0.05)) for seed in (1, 2)]
     wild = experiment(optimizer=specs.SGD(lr=1_000.0, weight_decay=100.0))
     tame = experiment(optimizer=specs.SGD(lr=0.01, weight_decay=1e-4))
-    together, beside = engine.Engine([calm[0], wild, calm[1]], dataset), engine.Engine([calm[0], tame, calm[1]], dataset)
+    together, beside = (
+        engine.Engine([calm[0], wild, calm[1]], dataset),
+        engine.Engine([calm[0], tame, calm[1]], dataset),
+    )
     found, wanted = together.train(STEPS), beside.train(STEPS)
     assert not np.isfinite(found[1].loss[-1])
     for k in (0, 2):
@@ -325,15 +403,27 @@ def test_modules_of_another_kind_are_stacked_too(dataset: data.Dataset) -> None:
     ],
     ids=["model", "optimizer", "length", "precision", "data"],
 )
-def test_specs_of_other_shapes_are_not_stacked(other: dict[str, Any], dataset: data.Dataset) -> None:
+def test_specs_of_other_shapes_are_not_stacked(
+    other: dict[str, Any], dataset: data.Dataset
+) -> None:
     with pytest.raises(ValueError, match="can't be trained in the same steps"):
         engine.Engine([experiment(), experiment(**other)], dataset)
 
 
-@pytest.mark.parametrize(("stack", "sizes"), [("auto", (1, engine.CUDA_STACK)), ("off", (1, 1)), (3, (3, 3))])
-def test_how_many_runs_are_a_stack_on_the_cpu_and_on_cuda(stack: int | str, sizes: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("stack", "sizes"), [("auto", (1, engine.CUDA_STACK)), ("off", (1, 1)), (3, (3, 3))]
+)
+def test_how_many_runs_are_a_stack_on_the_cpu_and_on_cuda(
+    stack: int | str, sizes: tuple[int, int]
+) -> None:
     assert engine.CUDA_STACK > 1
-    assert tuple(engine.stack_size(specs.Compute(stack=stack), torch.device(kind)) for kind in ("cpu", "cuda")) == sizes
+    assert (
+        tuple(
+            engine.stack_size(specs.Compute(stack=stack), torch.device(kind))
+            for kind in ("cpu", "cuda")
+        )
+        == sizes
+    )
 
 
 # ---- precision
@@ -341,17 +431,28 @@ def test_how_many_runs_are_a_stack_on_the_cpu_and_on_cuda(stack: int | str, size
 
 def test_bf16_rounds_the_products_and_keeps_the_weights(dataset: data.Dataset) -> None:
     precise, rounded = (
-        engine.Engine([experiment(train=specs.Train(batch_size=BATCH, epochs=EPOCHS, precision=precision))], dataset)
+        engine.Engine(
+            [experiment(train=specs.Train(batch_size=BATCH, epochs=EPOCHS, precision=precision))],
+            dataset,
+        )
         for precision in ("float32", "bf16")
     )
     exact, found = precise.train(STEPS)[0], rounded.train(STEPS)[0]
     assert rounded.parameters.dtype == torch.float32
     assert not np.array_equal(found.loss, exact.loss)
     np.testing.assert_allclose(found.loss, exact.loss, rtol=0.02)
-    assert rounded.evaluate(dataset.validation).loss == pytest.approx(precise.evaluate(dataset.validation).loss, rel=0.02)
+    assert rounded.evaluate(dataset.validation).loss == pytest.approx(
+        precise.evaluate(dataset.validation).loss, rel=0.02
+    )
 
 
-@pytest.mark.parametrize("asked", ["cpu", pytest.param("auto", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA"))])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "cpu",
+        pytest.param("auto", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA")),
+    ],
+)
 def test_tf32_is_refused_on_the_cpu(asked: str) -> None:
     with pytest.raises(SpecError, match=r"train\.precision: tf32 .* give float32 or bf16"):
         engine.device(specs.Compute(device=asked), "tf32")
@@ -364,21 +465,29 @@ def test_tf32_is_refused_on_the_cpu(asked: str) -> None:
 def on_cuda() -> data.Dataset:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    return data.load(specs.Data(holdout=HOLDOUT), REPOSITORY, engine.device(specs.Compute(device="cuda")))
+    return data.load(
+        specs.Data(holdout=HOLDOUT), REPOSITORY, engine.device(specs.Compute(device="cuda"))
+    )
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("stack", STACKS)
 def test_a_cuda_device_trains_as_the_cpu_does(stack: str, on_cuda: data.Dataset) -> None:
-    on_cpu = data.load(specs.Data(holdout=HOLDOUT), REPOSITORY, engine.device(specs.Compute(device="cpu")))
+    on_cpu = data.load(
+        specs.Data(holdout=HOLDOUT), REPOSITORY, engine.device(specs.Compute(device="cpu"))
+    )
     there, here = engine.Engine(members(stack), on_cuda), engine.Engine(members(stack), on_cpu)
     for found, wanted in zip(there.train(STEPS), here.train(STEPS), strict=True):
         np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-3, atol=1e-4)
-    assert there.evaluate(on_cuda.validation, 1).loss == pytest.approx(here.evaluate(on_cpu.validation, 1).loss, rel=1e-3)
+    assert there.evaluate(on_cuda.validation, 1).loss == pytest.approx(
+        here.evaluate(on_cpu.validation, 1).loss, rel=1e-3
+    )
 
 
 @pytest.mark.gpu
-def test_no_step_waits_for_the_device(on_cuda: data.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_waits_for_the_device(
+    on_cuda: data.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps = engine.Engine._steps
 
     def guarded(*arguments: Any) -> None:

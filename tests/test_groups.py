@@ -28,7 +28,9 @@ def place(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 def group_runs(store: tracking.Store) -> list:  # type: ignore[type-arg]
     ids = [experiment.experiment_id for experiment in store.client.search_experiments()]
-    return list(store.client.search_runs(ids, "tags.kind = 'group'", order_by=["attributes.start_time"]))
+    return list(
+        store.client.search_runs(ids, "tags.kind = 'group'", order_by=["attributes.start_time"])
+    )
 
 
 def members(store: tracking.Store, label: str) -> pd.DataFrame:
@@ -42,7 +44,10 @@ def members(store: tracking.Store, label: str) -> pd.DataFrame:
 def test_a_group_is_a_run_that_holds_its_members_means(place: Path) -> None:
     store = tracking.connect(place)
     slow, fast, diverged = group_runs(store)
-    assert (slow.info.run_name, fast.info.run_name) == (f"{SLOW_LABEL} (3 seeds)", f"{FAST_LABEL} (3 seeds)")
+    assert (slow.info.run_name, fast.info.run_name) == (
+        f"{SLOW_LABEL} (3 seeds)",
+        f"{FAST_LABEL} (3 seeds)",
+    )
     its = members(store, SLOW_LABEL)
     assert its["t/seed"].tolist() == ["0", "1", "2"]
     assert set(its["t/mlflow.parentRunId"]) == {slow.info.run_id}
@@ -50,20 +55,37 @@ def test_a_group_is_a_run_that_holds_its_members_means(place: Path) -> None:
     for metric in ("val/accuracy", "val/loss"):
         by_step = curves.dropna(subset=[metric]).groupby("step")[metric]
         for key, expected in ((metric, by_step.mean()), (f"{metric}_std", by_step.std())):
-            stored = {point.step: point.value for point in store.client.get_metric_history(slow.info.run_id, key)}
+            stored = {
+                point.step: point.value
+                for point in store.client.get_metric_history(slow.info.run_id, key)
+            }
             assert list(stored) == [0, 10, 20, 25]
             np.testing.assert_allclose(list(stored.values()), expected.to_numpy(), rtol=1e-12)
         last, name = its[f"m/last/{metric.replace('/', '_')}"], f"last/{metric.replace('/', '_')}"
         assert slow.data.metrics[name] == pytest.approx(last.mean(), rel=1e-12)
         assert slow.data.metrics[f"{name}_std"] == pytest.approx(last.std(), rel=1e-12)
-    assert [point.value for point in store.client.get_metric_history(slow.info.run_id, "n")] == [3, 3, 3, 3]
-    assert (slow.info.status, slow.data.tags["n"], slow.data.tags["seeds"]) == ("FINISHED", "3", "0, 1, 2")
+    assert [point.value for point in store.client.get_metric_history(slow.info.run_id, "n")] == [
+        3,
+        3,
+        3,
+        3,
+    ]
+    assert (slow.info.status, slow.data.tags["n"], slow.data.tags["seeds"]) == (
+        "FINISHED",
+        "3",
+        "0, 1, 2",
+    )
     assert (slow.data.params["optimizer.lr"], fast.data.params["optimizer.lr"]) == ("0.001", "0.05")
     assert "train.seed" not in slow.data.params
     note = slow.data.tags["mlflow.note.content"]
-    assert f"{its['m/last/val_accuracy'].mean():.4f} ± {its['m/last/val_accuracy'].std():.4f} (n = 3)" in note
+    assert (
+        f"{its['m/last/val_accuracy'].mean():.4f} ± {its['m/last/val_accuracy'].std():.4f} (n = 3)"
+        in note
+    )
     assert "--seeds 0,1,2,`" in note
-    assert [artifact.path for artifact in store.client.list_artifacts(slow.info.run_id, "figures")] == ["figures/group.png"]
+    assert [
+        artifact.path for artifact in store.client.list_artifacts(slow.info.run_id, "figures")
+    ] == ["figures/group.png"]
     assert diverged.data.tags["n"] == "2, of which 2 diverged"
     assert "val/accuracy" not in diverged.data.metrics
 
@@ -74,13 +96,18 @@ def test_groups_stay_out_of_the_runs(place: Path) -> None:
     assert runs["t/outcome"].value_counts().to_dict() == {"finished": 7, "diverged": 2}
 
 
-def test_a_group_that_grows_is_written_anew_and_nothing_is_left_of_the_one_before(place: Path) -> None:
+def test_a_group_that_grows_is_written_anew_and_nothing_is_left_of_the_one_before(
+    place: Path,
+) -> None:
     store = tracking.connect(place)
     before = group_runs(store)
     train(place, *HELD_OUT, "--seeds", "3,")
     sync(place)
     after = group_runs(store)
-    assert [run.info.run_name for run in after] == [f"{SLOW_LABEL} (4 seeds)", *(run.info.run_name for run in before[1:])]
+    assert [run.info.run_name for run in after] == [
+        f"{SLOW_LABEL} (4 seeds)",
+        *(run.info.run_name for run in before[1:]),
+    ]
     assert [run.info.run_id for run in after[1:]] == [run.info.run_id for run in before[1:]]
     assert set(members(store, SLOW_LABEL)["t/mlflow.parentRunId"]) == {after[0].info.run_id}
     assert store.is_deleted(before[0].info.run_id)
@@ -124,21 +151,37 @@ def test_only_missing_seeds_are_trained(place: Path) -> None:
 
 def test_a_diverged_seed_is_there_and_fresh_trains_all(place: Path) -> None:
     diverging = (*QUICK, "-s", "optimizer.lr=500", "-s", "optimizer.weight_decay=10", "--no-sync")
-    assert "s1: diverged already" in command(place, "run", "baseline", *diverging, "--seeds", "2").stderr
-    assert command(place, "run", "baseline", *diverging, "--seeds", "2", "--fresh").stderr.count("the first that isn't finite") == 2
+    assert (
+        "s1: diverged already"
+        in command(place, "run", "baseline", *diverging, "--seeds", "2").stderr
+    )
+    assert (
+        command(place, "run", "baseline", *diverging, "--seeds", "2", "--fresh").stderr.count(
+            "the first that isn't finite"
+        )
+        == 2
+    )
 
 
 @pytest.mark.slow
 def test_a_seed_that_waits_on_disk_is_there(place: Path) -> None:
     train(place, *HELD_OUT, "--seeds", "7,")
-    assert "s7: on its way into MLflow from baseline-s7-" in train(place, *HELD_OUT, "--seeds", "7,").stderr
+    assert (
+        "s7: on its way into MLflow from baseline-s7-"
+        in train(place, *HELD_OUT, "--seeds", "7,").stderr
+    )
 
 
 # ---- naming groups
 
 
 def found(place: Path, *texts: str) -> list[str]:
-    return [group.label for group in groups.find(tracking.connect(place).runs(status=None, foreign=True), texts, place)]
+    return [
+        group.label
+        for group in groups.find(
+            tracking.connect(place).runs(status=None, foreign=True), texts, place
+        )
+    ]
 
 
 def write_experiment(place: Path, name: str, text: str = "") -> None:
@@ -150,7 +193,11 @@ def test_a_group_is_named_by_experiment_label_or_run(place: Path) -> None:
     write_experiment(place, "quick")
     first, second, _ = members(tracking.connect(place), FAST_LABEL)["run_id"]
     assert found(place, "quick", FAST_LABEL) == [SLOW_LABEL, FAST_LABEL]
-    assert found(place, first[:8], second, "quick") == [f"{FAST_LABEL} s0", f"{FAST_LABEL} s1", SLOW_LABEL]
+    assert found(place, first[:8], second, "quick") == [
+        f"{FAST_LABEL} s0",
+        f"{FAST_LABEL} s1",
+        SLOW_LABEL,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +212,9 @@ def test_a_group_is_named_by_experiment_label_or_run(place: Path) -> None:
         ([SLOW_LABEL, "baseline epochs=1 batch_size=2000 eval_every=10"], "were validated on different images"),
     ],
 )  # fmt: skip
-def test_what_can_not_be_compared_is_told_in_a_line(texts: list[str], message: str, place: Path) -> None:
+def test_what_can_not_be_compared_is_told_in_a_line(
+    texts: list[str], message: str, place: Path
+) -> None:
     with pytest.raises(UserError) as error:
         api.compare(*texts)
     assert message in str(error.value)
@@ -189,15 +238,30 @@ def test_the_command_compares(place: Path) -> None:
     result = command(place, "compare", SLOW_LABEL, FAST_LABEL)
     assert result.returncode == 0, result.stderr
     store = tracking.connect(place)
-    slow, fast = (members(store, label)["m/last/val_accuracy"] for label in (SLOW_LABEL, FAST_LABEL))
-    assert f"{SLOW_LABEL}: validation accuracy after the last step {slow.mean():.4f} ± {slow.std():.4f} (n = 3)\n" in result.stdout
-    assert f"{FAST_LABEL} is better than {SLOW_LABEL}: validation accuracy {fast.mean() - slow.mean():+.4f}, 95 % interval" in result.stdout
+    slow, fast = (
+        members(store, label)["m/last/val_accuracy"] for label in (SLOW_LABEL, FAST_LABEL)
+    )
+    assert (
+        f"{SLOW_LABEL}: validation accuracy after the last step {slow.mean():.4f} ± {slow.std():.4f} (n = 3)\n"
+        in result.stdout
+    )
+    assert (
+        f"{FAST_LABEL} is better than {SLOW_LABEL}: validation accuracy {fast.mean() - slow.mean():+.4f}, 95 % interval"
+        in result.stdout
+    )
     assert "optimizer.lr" in result.stdout
     value = json.loads(command(place, "compare", SLOW_LABEL, FAST_LABEL, "--json").stdout)
     [comparison] = value["comparisons"]
-    assert (comparison["verdict"], comparison["design"], comparison["n"]) == ("better", "paired", [3, 3])
+    assert (comparison["verdict"], comparison["design"], comparison["n"]) == (
+        "better",
+        "paired",
+        [3, 3],
+    )
     assert comparison["difference"] == pytest.approx(fast.mean() - slow.mean(), abs=1e-12)
-    assert value["differing"] == {SLOW_LABEL: {"optimizer.lr": "0.001"}, FAST_LABEL: {"optimizer.lr": "0.05"}}
+    assert value["differing"] == {
+        SLOW_LABEL: {"optimizer.lr": "0.001"},
+        FAST_LABEL: {"optimizer.lr": "0.05"},
+    }
 
 
 def test_the_command_lists_runs(place: Path) -> None:
@@ -231,7 +295,11 @@ def test_only_a_better_model_becomes_champion(place: Path) -> None:
     assert (worse.champion, champion(store)) == (None, fast)
     assert worse.lines[1] == 'version 2 stays champion; --because "..." promotes it all the same'
     forced = promote(store, slow, "a drill")
-    assert (forced.champion, forced.version, store.champion().tags["because"]) == (slow, 3, "a drill")
+    assert (forced.champion, forced.version, store.champion().tags["because"]) == (
+        slow,
+        3,
+        "a drill",
+    )
     assert roll_back(store).lines == ["version 2 is champion again, in place of version 3"]
     assert champion(store) == fast
 
@@ -242,10 +310,14 @@ def test_the_champion_is_the_runs_model(place: Path) -> None:
     run_id = members(store, FAST_LABEL)["run_id"].iloc[0]
     promote(store, run_id)
     [output] = store.client.get_run(run_id).outputs.model_outputs
-    assert json.loads(store.client.get_logged_model(output.model_id).tags["mlflow.modelVersions"]) == [{"name": "fmnist", "version": 1}]
+    assert json.loads(
+        store.client.get_logged_model(output.model_id).tags["mlflow.modelVersions"]
+    ) == [{"name": "fmnist", "version": 1}]
     images = np.zeros((3, 28, 28), np.uint8)
     expected = mlflow.pyfunc.load_model(f"models:/{output.model_id}").predict(images)
-    np.testing.assert_array_equal(mlflow.pyfunc.load_model(tracking.champion_uri()).predict(images), expected)
+    np.testing.assert_array_equal(
+        mlflow.pyfunc.load_model(tracking.champion_uri()).predict(images), expected
+    )
 
 
 def test_what_can_not_be_promoted_is_told_in_a_line(place: Path) -> None:
@@ -259,14 +331,18 @@ def test_what_can_not_be_promoted_is_told_in_a_line(place: Path) -> None:
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "was validated on the test images, by which no model may be chosen" in refused(lambda: promote(store, on_test))
+    assert "was validated on the test images, by which no model may be chosen" in refused(
+        lambda: promote(store, on_test)
+    )
     assert refused(lambda: roll_back(store)) == "there is no champion; fmnist promote RUN makes one"
     assert refused(lambda: promote(store, "zzzz")) == "'zzzz' fits 0 runs; `fmnist runs` lists them"
     assert "fits 7 runs; give the id of one: " in refused(lambda: promote(store, ""))
     promote(store, held_out)
     assert "is the champion already, as version 1" in refused(lambda: promote(store, held_out))
     assert "is the first champion, there is none before it" in refused(lambda: roll_back(store))
-    assert "were validated on different images" in promote(store, on_test, "a drill").lines[0]  # a reason promotes it all the same
+    assert (
+        "were validated on different images" in promote(store, on_test, "a drill").lines[0]
+    )  # a reason promotes it all the same
     assert champion(store) == on_test
     roll_back(store)
     store.client.delete_run(held_out)
@@ -276,7 +352,10 @@ def test_what_can_not_be_promoted_is_told_in_a_line(place: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_promotes(place: Path) -> None:
-    slow, fast = (members(tracking.connect(place), label)["run_id"].iloc[0] for label in (SLOW_LABEL, FAST_LABEL))
+    slow, fast = (
+        members(tracking.connect(place), label)["run_id"].iloc[0]
+        for label in (SLOW_LABEL, FAST_LABEL)
+    )
     assert json.loads(command(place, "promote", fast, "--json").stdout)["champion"] == fast
     assert command(place, "promote", slow).returncode == 1
     result = command(place, "promote")

@@ -30,7 +30,9 @@ from fmnist.errors import Irreproducible, StoreError, UserError
 from fmnist.journal import ARRAYS, Record, Recorded
 from fmnist.state import Journal, StateFolder
 
-SPEC = specs.ExperimentSpec(name="small", train=specs.Train(epochs=2, batch_size=12_000))  # 5 steps an epoch
+SPEC = specs.ExperimentSpec(
+    name="small", train=specs.Train(epochs=2, batch_size=12_000)
+)  # 5 steps an epoch
 ENVIRONMENT = {"python": "3", "packages": {"torch": "2"}}
 
 
@@ -54,21 +56,35 @@ def fill_disk_after(writes: int, half: bool = False) -> Callable[[int, bytes], i
 
 def values(count: int, first: int = 1) -> dict[str, np.ndarray]:
     """Arrays as a step's measurements: no two values alike, and one that isn't finite."""
-    found = {name: (np.arange(first, first + count) + 10 * i).astype(dtype) / 3 for i, (name, dtype) in enumerate(ARRAYS.items())}
+    found = {
+        name: (np.arange(first, first + count) + 10 * i).astype(dtype) / 3
+        for i, (name, dtype) in enumerate(ARRAYS.items())
+    }
     found["loss"][-1] = np.nan
     return found
 
 
 def text(record: Record) -> str:
     """A record in a form that compares bit for bit, NaN included."""
-    return repr((record.kind, record.fields, {name: (array.dtype, array.tobytes()) for name, array in record.arrays.items()}))
+    return repr(
+        (
+            record.kind,
+            record.fields,
+            {name: (array.dtype, array.tobytes()) for name, array in record.arrays.items()},
+        )
+    )
 
 
 def write(written: Journal) -> list[int]:
     """Append one record of each kind; returns where each ends."""
     ends = []
     for append in (
-        lambda: written.event("evaluation", step=0, epoch=0.0, **{"val/loss": 2.3, "val/accuracy": 0.1, "train/lr": None}),
+        lambda: written.event(
+            "evaluation",
+            step=0,
+            epoch=0.0,
+            **{"val/loss": 2.3, "val/accuracy": 0.1, "train/lr": None},
+        ),
         lambda: written.train(1, values(3), 1_000, 2_000, 0.5),
         lambda: written.event("final", metrics={"best/val_loss": float("inf")}, training_s=0.5),
         lambda: written.event("end", status="FAILED", reason="Größe\nzwei"),
@@ -93,7 +109,10 @@ def test_a_folder_is_whole_and_locked_until_release(store: str | None, tmp_path:
     assert before <= started <= state.now_ms()
     assert found.spec == SPEC
     assert json.loads((found.path / "environment.json").read_text()) == ENVIRONMENT
-    assert json.loads((found.path / "lock").read_text()) == {"pid": os.getpid(), "host": socket.gethostname()}
+    assert json.loads((found.path / "lock").read_text()) == {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+    }
     assert found.running
     made.release()
     assert not found.running
@@ -123,7 +142,12 @@ time.sleep(60)
 
 
 def test_a_killed_trainer_holds_its_lock_no_longer(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
         assert process.stdout is not None
         folder = StateFolder(Path(process.stdout.readline().strip()), {})
         running = folder.running
@@ -136,28 +160,56 @@ def test_a_killed_trainer_holds_its_lock_no_longer(tmp_path: Path) -> None:
 
 def test_runs_of_one_spec_within_a_second_have_keys_of_their_own(tmp_path: Path) -> None:
     keys = [start(tmp_path).folder.name for _ in range(5)]
-    assert len({key[: -len("123456")] for key in keys}) < 5, "no two of them fell into one second, so this proves nothing"
+    assert len({key[: -len("123456")] for key in keys}) < 5, (
+        "no two of them fell into one second, so this proves nothing"
+    )
     assert keys == sorted(set(keys))
     assert [folder.path.name for folder in state.state_folders(tmp_path)] == keys
 
 
 def test_a_run_that_extends_another_begins_with_its_records(tmp_path: Path) -> None:
-    records = [evaluation(0), train(1, 3, 1_000, 2_000, 0.5), evaluation(3), train(4, 2, 2_000, 3_000, 0.75)]
+    records = [
+        evaluation(0),
+        train(1, 3, 1_000, 2_000, 0.5),
+        evaluation(3),
+        train(4, 2, 2_000, 3_000, 0.75),
+    ]
     made = Journal.create(tmp_path, SPEC, "longer", ENVIRONMENT, None, "abc", records)
     [found] = state.state_folders(tmp_path)
     assert (found.run["extends"], found.run["started_ms"]) == ("abc", 1_000)
-    assert [text(record) for record in journal.read(made.folder / "journal")[0]] == [text(record) for record in records]
+    assert [text(record) for record in journal.read(made.folder / "journal")[0]] == [
+        text(record) for record in records
+    ]
     assert made.elapsed_s == 0.75
     assert made.size == (made.folder / "journal").stat().st_size
-    made.train(5, {name: np.append(records[3].arrays[name][1:], array) for name, array in values(2, 6).items()}, 4_000, 5_000, 0.25)
+    made.train(
+        5,
+        {
+            name: np.append(records[3].arrays[name][1:], array)
+            for name, array in values(2, 6).items()
+        },
+        4_000,
+        5_000,
+        0.25,
+    )
     [record] = journal.read(made.folder / "journal")[0][4:]
-    assert text(record) == text(Record("train", {"first": 6, "count": 2, "t0": 4_000, "t1": 5_000, "elapsed_s": 1.0}, values(2, 6)))
+    assert text(record) == text(
+        Record(
+            "train",
+            {"first": 6, "count": 2, "t0": 4_000, "t1": 5_000, "elapsed_s": 1.0},
+            values(2, 6),
+        )
+    )
 
 
-def test_a_folder_that_cant_hold_all_it_begins_with_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cant_hold_all_it_begins_with_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "write", fill_disk_after(1))
     with pytest.raises(OSError, match="No space"):
-        Journal.create(tmp_path, SPEC, "longer", ENVIRONMENT, None, "abc", [evaluation(0), evaluation(5)])
+        Journal.create(
+            tmp_path, SPEC, "longer", ENVIRONMENT, None, "abc", [evaluation(0), evaluation(5)]
+        )
     assert list(state.state_folder(tmp_path).iterdir()) == []
 
 
@@ -167,13 +219,19 @@ def test_state_folders_are_listed_oldest_first_without_strays(tmp_path: Path) ->
         time.sleep(0.005)
     (state.state_folder(tmp_path) / "stray").mkdir()
     (state.state_folder(tmp_path) / "file").touch()
-    assert [folder.run["name"] for folder in state.state_folders(tmp_path)] == ["zeta lr=0.1", "alpha lr=0.1"]
+    assert [folder.run["name"] for folder in state.state_folders(tmp_path)] == [
+        "zeta lr=0.1",
+        "alpha lr=0.1",
+    ]
 
 
 def test_a_note_replaces_the_one_before(tmp_path: Path) -> None:
     folder = StateFolder(start(tmp_path).folder, {})
     assert folder.carried == {}
-    for note in ({"run_id": "a", "offset": 7, "error": "x"}, {"run_id": "a", "offset": 9, "closed": None}):
+    for note in (
+        {"run_id": "a", "offset": 7, "error": "x"},
+        {"run_id": "a", "offset": 9, "closed": None},
+    ):
         folder.note(**note)
         assert folder.carried == note
     assert list(folder.path.glob("*.partial")) == []
@@ -188,7 +246,11 @@ def test_a_removed_folder_is_gone(tmp_path: Path) -> None:
 
 
 def test_each_root_and_store_has_one_carrier(tmp_path: Path) -> None:
-    locks = {state.carrier_lock(root, store) for root in (tmp_path, tmp_path / "other") for store in ("local", "http://a", "http://b")}
+    locks = {
+        state.carrier_lock(root, store)
+        for root in (tmp_path, tmp_path / "other")
+        for store in ("local", "http://a", "http://b")
+    }
     assert len(locks) == 6
     assert state.carrier_lock(tmp_path, "http://a") in locks
 
@@ -207,7 +269,13 @@ def test_records_come_back_bit_for_bit(tmp_path: Path) -> None:
     metrics = {"val/loss": 2.3, "val/accuracy": 0.1, "train/lr": None}
     assert [text(record) for record in records] == [
         text(Record("evaluation", {"step": 0, "epoch": 0.0, **metrics})),
-        text(Record("train", {"first": 1, "count": 3, "t0": 1_000, "t1": 2_000, "elapsed_s": 0.5}, values(3))),
+        text(
+            Record(
+                "train",
+                {"first": 1, "count": 3, "t0": 1_000, "t1": 2_000, "elapsed_s": 0.5},
+                values(3),
+            )
+        ),
         text(Record("final", {"metrics": {"best/val_loss": float("inf")}, "training_s": 0.5})),
         text(Record("end", {"status": "FAILED", "reason": "Größe\nzwei"})),
     ]
@@ -242,7 +310,11 @@ def test_a_journal_cut_anywhere_gives_its_whole_records(tmp_path: Path) -> None:
 
 def test_a_flipped_bit_anywhere_ends_what_is_read(tmp_path: Path) -> None:
     written = start(tmp_path)
-    ends, data, path = write(written), bytearray((written.folder / "journal").read_bytes()), tmp_path / "flipped"
+    ends, data, path = (
+        write(written),
+        bytearray((written.folder / "journal").read_bytes()),
+        tmp_path / "flipped",
+    )
     whole = [text(record) for record in journal.read(written.folder / "journal")[0]]
     for bit in range(8 * len(data)):
         data[bit // 8] ^= 1 << bit % 8
@@ -273,8 +345,16 @@ print(failed)
 """
 
 
-def test_a_full_disk_fails_the_append_and_keeps_the_records_before_and_after(tmp_path: Path) -> None:
-    result = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+def test_a_full_disk_fails_the_append_and_keeps_the_records_before_and_after(
+    tmp_path: Path,
+) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert result.returncode == 0, result.stderr
     path = state.state_folders(tmp_path)[0].path / "journal"
     records, end = journal.read(path)
@@ -284,7 +364,9 @@ def test_a_full_disk_fails_the_append_and_keeps_the_records_before_and_after(tmp
 
 
 @pytest.mark.parametrize("half", [True, False])
-def test_what_a_full_disk_took_of_a_record_is_cut_off_again(half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_full_disk_took_of_a_record_is_cut_off_again(
+    half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written = start(tmp_path)
     written.event("evaluation", step=0)
     with monkeypatch.context() as patched:
@@ -314,7 +396,12 @@ def interrupted(root: Path, steps: int = 10) -> StateFolder:
 
 
 def measured(step: int) -> dict[str, Any]:
-    return {"epoch": step / 5, "val/loss": 2.0 + step, "val/accuracy": 0.1, "train/lr": 0.01 if step else None}
+    return {
+        "epoch": step / 5,
+        "val/loss": 2.0 + step,
+        "val/accuracy": 0.1,
+        "train/lr": 0.01 if step else None,
+    }
 
 
 @contextlib.contextmanager
@@ -345,7 +432,13 @@ def test_a_continued_journal_knows_what_is_on_record_and_goes_on_behind_it(tmp_p
     assert content(folder).startswith(before)
     *earlier, last = journal.read(folder.path / "journal")[0]
     assert len(earlier) == 5
-    assert text(last) == text(Record("train", {"first": 11, "count": 4, "t0": 20_000, "t1": 21_000, "elapsed_s": 1.25}, values(4, 11)))
+    assert text(last) == text(
+        Record(
+            "train",
+            {"first": 11, "count": 4, "t0": 20_000, "t1": 21_000, "elapsed_s": 1.25},
+            values(4, 11),
+        )
+    )
 
 
 def test_a_journal_is_continued_wherever_it_was_cut(tmp_path: Path) -> None:
@@ -359,14 +452,21 @@ def test_a_journal_is_continued_wherever_it_was_cut(tmp_path: Path) -> None:
             written.event("end", status="KILLED")
         intact = sum(end <= length for end in ends) - 1
         assert content(folder).startswith(whole[: ends[intact]])
-        assert [record.kind for record in journal.read(folder.path / "journal")[0]][intact:] == ["end"]
+        assert [record.kind for record in journal.read(folder.path / "journal")[0]][intact:] == [
+            "end"
+        ]
 
 
 def test_a_journal_is_continued_from_before_the_damage(tmp_path: Path) -> None:
     folder = interrupted(tmp_path)
-    whole, kinds = content(folder), [record.kind for record in journal.read(folder.path / "journal")[0]]
+    whole, kinds = (
+        content(folder),
+        [record.kind for record in journal.read(folder.path / "journal")[0]],
+    )
     for place in (round(i * (len(whole) - 1) / 19) for i in range(20)):
-        (folder.path / "journal").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        (folder.path / "journal").write_bytes(
+            whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+        )
         intact = len(journal.read(folder.path / "journal")[0])
         with resumed(folder) as written:
             assert len(written.records) == intact
@@ -386,12 +486,20 @@ def test_a_run_that_stopped_before_its_first_record_is_continued(tmp_path: Path)
 
 
 def test_a_run_that_another_process_trains_is_not_continued(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
         assert process.stdout is not None
         folder = StateFolder.at(Path(process.stdout.readline().strip()))
         before = content(folder) + b"torn"
         (folder.path / "journal").write_bytes(before)
-        with pytest.raises(StoreError, match=f"being trained by process {process.pid} on {re.escape(socket.gethostname())}; --fresh"):
+        with pytest.raises(
+            StoreError,
+            match=f"being trained by process {process.pid} on {re.escape(socket.gethostname())}; --fresh",
+        ):
             Journal.resume(folder)
         assert content(folder) == before
         process.kill()
@@ -399,7 +507,9 @@ def test_a_run_that_another_process_trains_is_not_continued(tmp_path: Path) -> N
         assert folder.holder == f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def test_who_looks_whether_a_run_is_going_on_keeps_nobody_from_continuing_it(tmp_path: Path) -> None:
+def test_who_looks_whether_a_run_is_going_on_keeps_nobody_from_continuing_it(
+    tmp_path: Path,
+) -> None:
     folder = interrupted(tmp_path)
     with open(folder.path / "lock") as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
@@ -416,7 +526,9 @@ def test_the_holder_that_has_not_written_its_name_yet_is_another_process(tmp_pat
         assert folder.holder == "another process"
 
 
-def test_a_journal_damaged_before_what_mlflow_holds_is_refused_and_let_go_of(tmp_path: Path) -> None:
+def test_a_journal_damaged_before_what_mlflow_holds_is_refused_and_let_go_of(
+    tmp_path: Path,
+) -> None:
     folder = interrupted(tmp_path)
     whole = content(folder)
     folder.note(offset=len(whole))
@@ -424,7 +536,9 @@ def test_a_journal_damaged_before_what_mlflow_holds_is_refused_and_let_go_of(tmp
         pass
     (folder.path / "journal").write_bytes(whole[:-1])
     _, end = journal.read(folder.path / "journal")
-    with pytest.raises(StoreError, match=f"damaged at byte {end:,}, where MLflow holds more already; --fresh"):
+    with pytest.raises(
+        StoreError, match=f"damaged at byte {end:,}, where MLflow holds more already; --fresh"
+    ):
         Journal.resume(folder)
     assert content(folder) == whole[:-1]
     assert not folder.running
@@ -433,24 +547,44 @@ def test_a_journal_damaged_before_what_mlflow_holds_is_refused_and_let_go_of(tmp
         assert written.size == end
 
 
-@pytest.mark.parametrize(("first", "count", "appended"), [(1, 5, 0), (3, 8, 0), (10, 1, 0), (8, 5, 2), (1, 14, 4), (11, 3, 3), (12, 1, 1)])
-def test_steps_on_record_are_compared_and_only_new_ones_appended(first: int, count: int, appended: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("first", "count", "appended"),
+    [(1, 5, 0), (3, 8, 0), (10, 1, 0), (8, 5, 2), (1, 14, 4), (11, 3, 3), (12, 1, 1)],
+)
+def test_steps_on_record_are_compared_and_only_new_ones_appended(
+    first: int, count: int, appended: int, tmp_path: Path
+) -> None:
     folder = interrupted(tmp_path)
     computed = {name: array.copy() for name, array in values(20).items()}
     for step in (5, 10):
         computed["loss"][step - 1] = np.nan
     before = content(folder)
     with resumed(folder) as written:
-        written.train(first, {name: array[first - 1 : first - 1 + count] for name, array in computed.items()}, 50_000, 51_000, 0.5)
+        written.train(
+            first,
+            {name: array[first - 1 : first - 1 + count] for name, array in computed.items()},
+            50_000,
+            51_000,
+            0.5,
+        )
         assert written.elapsed_s == (1.5 if appended else 1.0)
     assert content(folder).startswith(before)
     new = journal.read(folder.path / "journal", len(before))[0]
     assert sum(record.fields["count"] for record in new) == appended
     if appended:
         [record] = new
-        assert record.fields == {"first": first + count - appended, "count": appended, "t0": 50_000, "t1": 51_000, "elapsed_s": 1.5}
+        assert record.fields == {
+            "first": first + count - appended,
+            "count": appended,
+            "t0": 50_000,
+            "t1": 51_000,
+            "elapsed_s": 1.5,
+        }
         for name, array in record.arrays.items():
-            assert array.tobytes() == computed[name][first - 1 + count - appended : first - 1 + count].tobytes()
+            assert (
+                array.tobytes()
+                == computed[name][first - 1 + count - appended : first - 1 + count].tobytes()
+            )
 
 
 def flip(array: np.ndarray, row: int) -> None:
@@ -460,11 +594,18 @@ def flip(array: np.ndarray, row: int) -> None:
 
 @pytest.mark.parametrize("name", ARRAYS)
 @pytest.mark.parametrize("step", [6, 7, 9])
-def test_a_step_that_differs_by_one_bit_is_irreproducible(name: str, step: int, tmp_path: Path) -> None:
+def test_a_step_that_differs_by_one_bit_is_irreproducible(
+    name: str, step: int, tmp_path: Path
+) -> None:
     folder = interrupted(tmp_path)
     before, computed = content(folder), values(5, 6)
     flip(computed[name], step - 6)
-    with resumed(folder) as written, pytest.raises(Irreproducible, match=f"results: step {step}: train/{name} was .* now; .*--fresh"):
+    with (
+        resumed(folder) as written,
+        pytest.raises(
+            Irreproducible, match=f"results: step {step}: train/{name} was .* now; .*--fresh"
+        ),
+    ):
         written.train(6, computed, 0, 1, 0.5)
     assert content(folder) == before
     with resumed(folder, exact=False) as written:
@@ -486,14 +627,19 @@ def test_the_first_of_several_steps_that_differ_is_told(tmp_path: Path) -> None:
     computed = values(5, 6)
     flip(computed["lr"], 1)
     flip(computed["loss"], 2)
-    with resumed(interrupted(tmp_path)) as written, pytest.raises(Irreproducible, match="step 7: train/lr"):
+    with (
+        resumed(interrupted(tmp_path)) as written,
+        pytest.raises(Irreproducible, match="step 7: train/lr"),
+    ):
         written.train(6, computed, 0, 1, 0.5)
 
 
 def test_a_step_whose_loss_is_not_a_number_is_what_it_was(tmp_path: Path) -> None:
     with resumed(interrupted(tmp_path)) as written:
         assert np.isnan(written.recorded.arrays["loss"][[4, 9]]).all()
-        written.train(1, {name: array[:5] for name, array in written.recorded.arrays.items()}, 0, 1, 0.5)
+        written.train(
+            1, {name: array[:5] for name, array in written.recorded.arrays.items()}, 0, 1, 0.5
+        )
         other, number = values(5), values(5)
         other["loss"].view(np.uint32)[4] ^= 1 << 31
         written.train(1, other, 0, 1, 0.5)
@@ -524,14 +670,21 @@ def test_evaluations_on_record_are_compared_and_new_ones_appended(tmp_path: Path
 
 
 def test_results_on_record_are_compared(tmp_path: Path) -> None:
-    folder, metrics = interrupted(tmp_path), {"best/step": 5, "best/val_loss": 1 / 3, "last/val_loss": float("nan")}
+    folder, metrics = (
+        interrupted(tmp_path),
+        {"best/step": 5, "best/val_loss": 1 / 3, "last/val_loss": float("nan")},
+    )
     with resumed(folder) as written:
         written.final(metrics, weights="best")
     before = content(folder)
     assert journal.read(folder.path / "journal")[0][-1].fields["weights"] == "best"
     with resumed(folder) as written:
         written.final(metrics, weights="best")
-        for key, value in (("best/val_loss", np.nextafter(1 / 3, 1).item()), ("best/step", 10), ("last/val_loss", 1.0)):
+        for key, value in (
+            ("best/val_loss", np.nextafter(1 / 3, 1).item()),
+            ("best/step", 10),
+            ("last/val_loss", 1.0),
+        ):
             with pytest.raises(Irreproducible, match=f"step 10: {key} was"):
                 written.final(metrics | {key: value})
     with resumed(folder, exact=False) as written:
@@ -542,19 +695,32 @@ def test_results_on_record_are_compared(tmp_path: Path) -> None:
 def test_what_is_on_record_is_the_same_however_its_records_are_cut(tmp_path: Path) -> None:
     once = Recorded([train(1, 12)])
     for cut in (1, 5, 11):
-        arrays = [{name: array[rows] for name, array in values(12).items()} for rows in (slice(cut), slice(cut, None))]
-        cut_up = Recorded([Record("train", {"first": 1, "count": cut}, arrays[0]), evaluation(cut), Record("train", {}, arrays[1])])
+        arrays = [
+            {name: array[rows] for name, array in values(12).items()}
+            for rows in (slice(cut), slice(cut, None))
+        ]
+        cut_up = Recorded(
+            [
+                Record("train", {"first": 1, "count": cut}, arrays[0]),
+                evaluation(cut),
+                Record("train", {}, arrays[1]),
+            ]
+        )
         assert cut_up.last == once.last == 12
         assert all(cut_up.arrays[name].tobytes() == once.arrays[name].tobytes() for name in ARRAYS)
 
 
 def test_a_time_stamp_once_given_stays(tmp_path: Path) -> None:
     folder = interrupted(tmp_path)
-    before = [list(journal.points(SPEC, record)) for record in journal.read(folder.path / "journal")[0]]
+    before = [
+        list(journal.points(SPEC, record)) for record in journal.read(folder.path / "journal")[0]
+    ]
     with resumed(folder) as written:
         written.evaluation(10, measured(10))
         written.train(6, values(5, 6), 90_000, 91_000, 0.5)
-    assert repr([list(journal.points(SPEC, record)) for record in journal.read(folder.path / "journal")[0]]) == repr(before)
+    assert repr(
+        [list(journal.points(SPEC, record)) for record in journal.read(folder.path / "journal")[0]]
+    ) == repr(before)
 
 
 # ---- which runs can be continued
@@ -591,7 +757,11 @@ def carry_and_damage(folder: StateFolder) -> None:
     ("resumable", "end"),
     [
         pytest.param(True, lambda folder: None, id="killed without a word"),
-        pytest.param(True, lambda folder: (folder.path / "journal").unlink(), id="killed before the first record"),
+        pytest.param(
+            True,
+            lambda folder: (folder.path / "journal").unlink(),
+            id="killed before the first record",
+        ),
         pytest.param(True, damage, id="torn"),
         pytest.param(True, carry, id="carried up to its end"),
         pytest.param(True, lambda folder: carry(folder, closed="KILLED"), id="closed as killed"),
@@ -628,7 +798,10 @@ def test_a_spec_changed_on_disk_is_refused(tmp_path: Path) -> None:
     assert folder.spec.name == "renamed"
     path.write_text(path.read_text().replace("seed: 0", "seed: 1"))
     other = folder.path / "spec.yaml"
-    with pytest.raises(StoreError, match=f"{re.escape(str(other))} was changed: .* the run has {SPEC.fingerprint[:8]}"):
+    with pytest.raises(
+        StoreError,
+        match=f"{re.escape(str(other))} was changed: .* the run has {SPEC.fingerprint[:8]}",
+    ):
         _ = folder.spec
     for damaged in ("", "name: [", "name: small\nunknown: 1\n", "name: small\ntrain: {epochs: -1}"):
         path.write_text(damaged)
@@ -642,7 +815,10 @@ def test_a_spec_changed_on_disk_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_is_found_by_its_key_or_its_id_or_how_they_begin(tmp_path: Path) -> None:
-    first, second = (StateFolder.at(start(tmp_path, SPEC.model_copy(update={"name": name})).folder) for name in ("first", "second"))
+    first, second = (
+        StateFolder.at(start(tmp_path, SPEC.model_copy(update={"name": name})).folder)
+        for name in ("first", "second")
+    )
     second.note(run_id="0123abc")
     for name in (first.path.name, "first", "f", first.path.name[:-1]):
         assert state.find(tmp_path, name).path == first.path
@@ -651,7 +827,9 @@ def test_a_run_is_found_by_its_key_or_its_id_or_how_they_begin(tmp_path: Path) -
 
 
 def test_a_run_that_fits_not_or_not_alone_is_refused_naming_what_there_is(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"'x' fits 0 of the runs that are on disk; there are: none$"):
+    with pytest.raises(
+        StoreError, match=r"'x' fits 0 of the runs that are on disk; there are: none$"
+    ):
         state.find(tmp_path, "x")
     keys = [start(tmp_path).folder.name for _ in range(2)]
     other = start(tmp_path, SPEC.model_copy(update={"name": "other"})).folder.name
@@ -673,29 +851,53 @@ def test_a_run_that_has_no_id_is_not_found_by_one(name: str, tmp_path: Path) -> 
 
 
 def train(first: int, count: int, t0: int = 1_000, t1: int = 2_000, elapsed: float = 1.0) -> Record:
-    return Record("train", {"first": first, "count": count, "t0": t0, "t1": t1, "elapsed_s": elapsed}, values(count, first))
+    return Record(
+        "train",
+        {"first": first, "count": count, "t0": t0, "t1": t1, "elapsed_s": elapsed},
+        values(count, first),
+    )
 
 
 def evaluation(step: int, **changed: Any) -> Record:
-    fields = {"t": 5, "step": step, "epoch": step / 5, "val/loss": 2.0 + step, "val/accuracy": 0.1, "train/lr": 0.01}
+    fields = {
+        "t": 5,
+        "step": step,
+        "epoch": step / 5,
+        "val/loss": 2.0 + step,
+        "val/accuracy": 0.1,
+        "train/lr": 0.01,
+    }
     return Record("evaluation", fields | changed)
 
 
 @settings(deadline=None)  # the first call is slow on a busy machine
-@given(counts=st.lists(st.integers(1, 30), min_size=1, max_size=8), every=st.integers(1, 40), duration=st.integers(0, 100))
-def test_points_are_every_nth_step_however_the_records_are_cut(counts: list[int], every: int, duration: int) -> None:
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=1, max_size=8),
+    every=st.integers(1, 40),
+    duration=st.integers(0, 100),
+)
+def test_points_are_every_nth_step_however_the_records_are_cut(
+    counts: list[int], every: int, duration: int
+) -> None:
     spec = SPEC.model_copy(update={"tracking": specs.Tracking(log_every=every)})
     ends = np.cumsum(counts)
-    records = [train(int(end) - n + 1, n, 1_000 * i, 1_000 * i + duration) for i, (end, n) in enumerate(zip(ends, counts, strict=True))]
+    records = [
+        train(int(end) - n + 1, n, 1_000 * i, 1_000 * i + duration)
+        for i, (end, n) in enumerate(zip(ends, counts, strict=True))
+    ]
     found = [list(journal.points(spec, record)) for record in records]
     assert repr(found) == repr([list(journal.points(spec, record)) for record in records])
     for record, some in zip(records, found, strict=True):
-        assert all(record.fields["t0"] <= point.timestamp_ms <= record.fields["t1"] for point in some)
+        assert all(
+            record.fields["t0"] <= point.timestamp_ms <= record.fields["t1"] for point in some
+        )
     for name in ("loss", "accuracy"):
         chosen = [point for some in found for point in some if point.key == f"train/{name}"]
         assert [point.step for point in chosen] == [*range(every, ends[-1] + 1, every)]
         wanted = np.concatenate([record.arrays[name] for record in records])[every - 1 :: every]
-        np.testing.assert_array_equal([point.value for point in chosen], wanted)  # takes NaN for equal to NaN
+        np.testing.assert_array_equal(
+            [point.value for point in chosen], wanted
+        )  # takes NaN for equal to NaN
         times = [point.timestamp_ms for point in chosen]
         assert times == sorted(times)
 
@@ -706,10 +908,22 @@ def test_step_times_spread_over_the_record() -> None:
 
 def test_evaluations_and_results_become_points() -> None:
     def found(record: Record) -> list[tuple[str, float, int, int]]:
-        return [(point.key, point.value, point.timestamp_ms, point.step) for point in journal.points(SPEC, record)]
+        return [
+            (point.key, point.value, point.timestamp_ms, point.step)
+            for point in journal.points(SPEC, record)
+        ]
 
-    assert found(evaluation(3)) == [("val/accuracy", 0.1, 5, 3), ("val/loss", 5.0, 5, 3), ("train/lr", 0.01, 5, 3), ("epoch", 0.6, 5, 3)]
-    assert [key for key, *_ in found(evaluation(0, **{"train/lr": None}))] == ["val/accuracy", "val/loss", "epoch"]
+    assert found(evaluation(3)) == [
+        ("val/accuracy", 0.1, 5, 3),
+        ("val/loss", 5.0, 5, 3),
+        ("train/lr", 0.01, 5, 3),
+        ("epoch", 0.6, 5, 3),
+    ]
+    assert [key for key, *_ in found(evaluation(0, **{"train/lr": None}))] == [
+        "val/accuracy",
+        "val/loss",
+        "epoch",
+    ]
     assert np.isnan(found(evaluation(3, **{"val/loss": float("nan")}))[1][1])
     assert found(Record("final", {"t": 9, "metrics": {"best/step": 3, "best/val_loss": 5.0}})) == [
         ("best/step", 3, 9, 0),
@@ -718,12 +932,24 @@ def test_evaluations_and_results_become_points() -> None:
     assert found(Record("end", {"t": 9, "status": "FINISHED"})) == []
 
 
-COLUMNS = ["step", "epoch", "elapsed_s", "train/loss", "train/accuracy", "train/lr", "val/loss", "val/accuracy"]
+COLUMNS = [
+    "step",
+    "epoch",
+    "elapsed_s",
+    "train/loss",
+    "train/accuracy",
+    "train/lr",
+    "val/loss",
+    "val/accuracy",
+]
 
 
 def test_curves_have_every_step_once() -> None:
     parts = [train(1, 4, elapsed=0.5), train(5, 6, elapsed=2.0)]
-    frame = journal.curves(SPEC, [evaluation(0), parts[0], evaluation(4), parts[1], evaluation(10), Record("end", {"t": 9})])
+    frame = journal.curves(
+        SPEC,
+        [evaluation(0), parts[0], evaluation(4), parts[1], evaluation(10), Record("end", {"t": 9})],
+    )
     assert list(frame) == COLUMNS
     assert frame["step"].tolist() == [*range(11)]
     np.testing.assert_array_equal(frame["epoch"], np.arange(11) / 5)
@@ -731,11 +957,19 @@ def test_curves_have_every_step_once() -> None:
         wanted = np.concatenate([[np.nan], *(part.arrays[name] for part in parts)])
         np.testing.assert_array_equal(frame[f"train/{name}"], wanted)
     val = frame.dropna(subset=["val/loss"])
-    assert val[["step", "val/loss", "val/accuracy"]].to_numpy().tolist() == [[0, 2, 0.1], [4, 6, 0.1], [10, 12, 0.1]]
-    np.testing.assert_allclose(frame["elapsed_s"][1:], [0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0])
+    assert val[["step", "val/loss", "val/accuracy"]].to_numpy().tolist() == [
+        [0, 2, 0.1],
+        [4, 6, 0.1],
+        [10, 12, 0.1],
+    ]
+    np.testing.assert_allclose(
+        frame["elapsed_s"][1:], [0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
+    )
 
 
-@pytest.mark.parametrize("records", [[], [evaluation(0)], [train(1, 4)]], ids=["nothing", "no step", "no evaluation"])
+@pytest.mark.parametrize(
+    "records", [[], [evaluation(0)], [train(1, 4)]], ids=["nothing", "no step", "no evaluation"]
+)
 def test_curves_of_a_run_that_broke_off_have_the_same_columns(records: list[Record]) -> None:
     frame = journal.curves(SPEC, records)
     assert list(frame) == COLUMNS
@@ -747,59 +981,124 @@ def recording(spec: specs.ExperimentSpec, last: int) -> list[Record]:
     records = []
     for segment in specs.plan(spec):
         if (stop := min(segment.stop, last)) > segment.start:
-            records.append(train(segment.start + 1, stop - segment.start, 7 * segment.start, 7 * stop, 0.007 * stop))
+            records.append(
+                train(
+                    segment.start + 1,
+                    stop - segment.start,
+                    7 * segment.start,
+                    7 * stop,
+                    0.007 * stop,
+                )
+            )
         if segment.evaluate and segment.stop <= last:
             lr = float(values(segment.stop)["lr"][-1]) if segment.stop else None
-            records.append(evaluation(segment.stop, epoch=segment.stop / spec.steps_per_epoch, t=7 * segment.stop, **{"train/lr": lr}))
+            records.append(
+                evaluation(
+                    segment.stop,
+                    epoch=segment.stop / spec.steps_per_epoch,
+                    t=7 * segment.stop,
+                    **{"train/lr": lr},
+                )
+            )
     return records
 
 
 def without_times(record: Record) -> str:
-    fields = {key: field for key, field in sorted(record.fields.items()) if key not in ("t", "t0", "t1")}
+    fields = {
+        key: field for key, field in sorted(record.fields.items()) if key not in ("t", "t0", "t1")
+    }
     return text(Record(record.kind, fields, record.arrays))
 
 
 @settings(deadline=None, max_examples=60)
-@given(data=st.data(), every=st.integers(1, 30), batch=st.integers(2_000, 60_000), epochs=st.integers(1, 3))
-def test_curves_give_the_records_back(data: st.DataObject, every: int, batch: int, epochs: int) -> None:
-    spec = specs.ExperimentSpec(name="small", train=specs.Train(epochs=epochs, batch_size=batch, eval_every=every))
+@given(
+    data=st.data(),
+    every=st.integers(1, 30),
+    batch=st.integers(2_000, 60_000),
+    epochs=st.integers(1, 3),
+)
+def test_curves_give_the_records_back(
+    data: st.DataObject, every: int, batch: int, epochs: int
+) -> None:
+    spec = specs.ExperimentSpec(
+        name="small", train=specs.Train(epochs=epochs, batch_size=batch, eval_every=every)
+    )
     last = data.draw(st.integers(0, spec.steps))
     records = recording(spec, last)
     found = journal.from_curves(spec, journal.curves(spec, records), last, 7 * last)
-    assert [without_times(record) for record in found] == [without_times(record) for record in records]
+    assert [without_times(record) for record in found] == [
+        without_times(record) for record in records
+    ]
     for one, other in zip(found, records, strict=True):
         for time_of in ("t", "t0", "t1"):
-            assert abs(one.fields.get(time_of, 0) - other.fields.get(time_of, 0)) <= 1  # a rounded millisecond
+            assert (
+                abs(one.fields.get(time_of, 0) - other.fields.get(time_of, 0)) <= 1
+            )  # a rounded millisecond
 
 
 @settings(deadline=None, max_examples=60)
-@given(data=st.data(), every=st.integers(1, 30), batch=st.integers(2_000, 60_000), epochs=st.integers(1, 3), longer=st.integers(0, 3))
-def test_curves_are_cut_as_a_longer_plan_has_it(data: st.DataObject, every: int, batch: int, epochs: int, longer: int) -> None:
-    spec = specs.ExperimentSpec(name="small", train=specs.Train(epochs=epochs, batch_size=batch, eval_every=every))
-    other = spec.model_copy(update={"train": spec.train.model_copy(update={"epochs": epochs + longer})})
+@given(
+    data=st.data(),
+    every=st.integers(1, 30),
+    batch=st.integers(2_000, 60_000),
+    epochs=st.integers(1, 3),
+    longer=st.integers(0, 3),
+)
+def test_curves_are_cut_as_a_longer_plan_has_it(
+    data: st.DataObject, every: int, batch: int, epochs: int, longer: int
+) -> None:
+    spec = specs.ExperimentSpec(
+        name="small", train=specs.Train(epochs=epochs, batch_size=batch, eval_every=every)
+    )
+    other = spec.model_copy(
+        update={"train": spec.train.model_copy(update={"epochs": epochs + longer})}
+    )
     last = data.draw(st.integers(0, spec.steps))
     frame = journal.curves(spec, recording(spec, spec.steps))
     wanted, found = recording(other, last), journal.from_curves(other, frame, last, 0)
-    assert [(record.kind, {**record.fields, **dict.fromkeys(("t", "t0", "t1", "elapsed_s"))}) for record in found] == [
-        (record.kind, {**record.fields, **dict.fromkeys(("t", "t0", "t1", "elapsed_s"))}) for record in wanted
+    assert [
+        (record.kind, {**record.fields, **dict.fromkeys(("t", "t0", "t1", "elapsed_s"))})
+        for record in found
+    ] == [
+        (record.kind, {**record.fields, **dict.fromkeys(("t", "t0", "t1", "elapsed_s"))})
+        for record in wanted
     ]
     assert Recorded(found).last == last
-    whole = np.concatenate([np.empty(0, np.float32), *(record.arrays["loss"] for record in recording(spec, spec.steps) if record.arrays)])
+    whole = np.concatenate(
+        [
+            np.empty(0, np.float32),
+            *(record.arrays["loss"] for record in recording(spec, spec.steps) if record.arrays),
+        ]
+    )
     assert Recorded(found).arrays["loss"].tobytes() == whole.astype(np.float32)[:last].tobytes()
 
 
 def test_forty_epochs_begin_with_twenty_less_the_evaluation_at_their_end(tmp_path: Path) -> None:
-    short, long = (specs.ExperimentSpec(name="small", train=specs.Train(epochs=epochs)) for epochs in (20, 40))
+    short, long = (
+        specs.ExperimentSpec(name="small", train=specs.Train(epochs=epochs)) for epochs in (20, 40)
+    )
     assert short.steps % short.train.eval_every
     path = tmp_path / "curves.parquet"
     journal.curves(short, recording(short, short.steps)).to_parquet(path, index=False)
     found = journal.from_curves(long, pd.read_parquet(path), short.steps, 1_000_000)
-    assert [without_times(record) for record in found[:-1]] == [without_times(record) for record in recording(long, short.steps)[:-1]]
-    assert found[-1].fields | {"t0": 0, "elapsed_s": 0} == {"first": 37_001, "count": 500, "t0": 0, "t1": 1_000_000, "elapsed_s": 0}
-    assert {record.fields["step"] for record in found if record.kind == "evaluation"} == set(range(0, 37_001, 1_000))
+    assert [without_times(record) for record in found[:-1]] == [
+        without_times(record) for record in recording(long, short.steps)[:-1]
+    ]
+    assert found[-1].fields | {"t0": 0, "elapsed_s": 0} == {
+        "first": 37_001,
+        "count": 500,
+        "t0": 0,
+        "t1": 1_000_000,
+        "elapsed_s": 0,
+    }
+    assert {record.fields["step"] for record in found if record.kind == "evaluation"} == set(
+        range(0, 37_001, 1_000)
+    )
     made = Journal.create(tmp_path, long, "longer", ENVIRONMENT, None, "abc", found)
     again, _ = journal.read(made.folder / "journal")
-    assert [text(record) for record in again] == [text(Record(r.kind, json.loads(json.dumps(r.fields)), r.arrays)) for r in found]
+    assert [text(record) for record in again] == [
+        text(Record(r.kind, json.loads(json.dumps(r.fields)), r.arrays)) for r in found
+    ]
 
 
 def test_a_run_that_is_being_continued_is_unfinished_and_not_resumable(tmp_path: Path) -> None:

@@ -51,7 +51,14 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, np.ndar
     home = make_home(tmp_path_factory.mktemp("model"))
     patch = pytest.MonkeyPatch()
     patch.setenv("FMNIST_HOME", str(home))
-    settings = ("-s", "train.epochs=2", "-s", "train.batch_size=500", "-s", "data.normalization=standard")
+    settings = (
+        "-s",
+        "train.epochs=2",
+        "-s",
+        "train.batch_size=500",
+        "-s",
+        "data.normalization=standard",
+    )
     run_id = json.loads(command(home, "run", "baseline", *settings, "--json").stdout)["run_id"]
     store = tracking.connect(home)
     model_id = store.client.get_run(run_id).outputs.model_outputs[0].model_id
@@ -64,26 +71,38 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, np.ndar
     patch.undo()
 
 
-def test_loads_without_fmnist_and_without_pickle_for_any_batch_size(logged: tuple[Path, str, np.ndarray], tmp_path: Path) -> None:
+def test_loads_without_fmnist_and_without_pickle_for_any_batch_size(
+    logged: tuple[Path, str, np.ndarray], tmp_path: Path
+) -> None:
     home, model, expected = logged
     np.save(tmp_path / "images.npy", data.raw_images(home, 1000))
     arguments = [tracking.uri(home), model, str(tmp_path / "images.npy"), str(tmp_path / "out.npz")]
     result = subprocess.run(
-        [sys.executable, "-c", LOAD, *arguments], capture_output=True, text=True, env={**os.environ, **SAFE}, cwd=tmp_path
+        [sys.executable, "-c", LOAD, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **SAFE},
+        cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     for name, probabilities in np.load(tmp_path / "out.npz").items():
         assert np.allclose(probabilities, expected[: len(probabilities)], atol=1e-5), name
 
 
-def test_signature_takes_raw_images_and_gives_ten_probabilities(logged: tuple[Path, str, np.ndarray]) -> None:
+def test_signature_takes_raw_images_and_gives_ten_probabilities(
+    logged: tuple[Path, str, np.ndarray],
+) -> None:
     import mlflow
     from mlflow.models import get_model_info
 
     mlflow.set_tracking_uri(tracking.uri(logged[0]))
     signature = get_model_info(logged[1]).signature.to_dict()
-    assert json.loads(signature["inputs"]) == [{"type": "tensor", "tensor-spec": {"dtype": "uint8", "shape": [-1, 28, 28]}}]
-    assert json.loads(signature["outputs"]) == [{"type": "tensor", "tensor-spec": {"dtype": "float32", "shape": [-1, 10]}}]
+    assert json.loads(signature["inputs"]) == [
+        {"type": "tensor", "tensor-spec": {"dtype": "uint8", "shape": [-1, 28, 28]}}
+    ]
+    assert json.loads(signature["outputs"]) == [
+        {"type": "tensor", "tensor-spec": {"dtype": "float32", "shape": [-1, 10]}}
+    ]
 
 
 def test_model_carries_the_metrics_it_earned(logged: tuple[Path, str, np.ndarray]) -> None:
@@ -93,7 +112,9 @@ def test_model_carries_the_metrics_it_earned(logged: tuple[Path, str, np.ndarray
     assert model.status == "READY"
 
 
-def test_predict_names_the_class_of_each_picture(logged: tuple[Path, str, np.ndarray], tmp_path: Path) -> None:
+def test_predict_names_the_class_of_each_picture(
+    logged: tuple[Path, str, np.ndarray], tmp_path: Path
+) -> None:
     home, _, expected = logged
     run_id = tracking.connect(home).runs()["run_id"].iloc[0]
     pictures = [str(tmp_path / f"{number}.png") for number in range(3)]
@@ -108,27 +129,49 @@ def test_predict_names_the_class_of_each_picture(logged: tuple[Path, str, np.nda
     assert [line.split()[0] for line in lines] == pictures
     assert plots.CLASSES[expected[0].argmax()] in lines[0]
     refused = command(home, "predict", "champion", *pictures)
-    assert (refused.returncode, refused.stderr) == (2, "fmnist: there is no champion yet; fmnist promote RUN makes one, or name a run\n")
+    assert (refused.returncode, refused.stderr) == (
+        2,
+        "fmnist: there is no champion yet; fmnist promote RUN makes one, or name a run\n",
+    )
 
 
-def test_serve_answers_over_http_until_its_command_is_ended(logged: tuple[Path, str, np.ndarray]) -> None:
+def test_serve_answers_over_http_until_its_command_is_ended(
+    logged: tuple[Path, str, np.ndarray],
+) -> None:
     home, model, expected = logged
     port, run_id = free_port(), tracking.connect(home).runs()["run_id"].iloc[0]
     here = str(Path(sys.executable).parent)
-    path = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if part != here)  # as without an activated environment
+    path = os.pathsep.join(
+        part for part in os.environ["PATH"].split(os.pathsep) if part != here
+    )  # as without an activated environment
     command = [sys.executable, "-m", "fmnist", "serve", run_id, "--port", str(port)]
     server = subprocess.Popen(
-        command, env={**os.environ, "FMNIST_HOME": str(home), "PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env={**os.environ, "FMNIST_HOME": str(home), "PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         said = server.stdout.readline()
-        assert said.startswith(f"{model} answers at http://127.0.0.1:{port}/invocations"), server.communicate(timeout=30)[1]
+        assert said.startswith(f"{model} answers at http://127.0.0.1:{port}/invocations"), (
+            server.communicate(timeout=30)[1]
+        )
         body = json.dumps({"inputs": data.raw_images(home, 3).tolist()}).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=30) as response:
             answer = json.load(response)
         assert np.allclose(answer["predictions"], expected[:3], atol=1e-5)
-        assert subprocess.run([*command[:-1], str(port)], env={**os.environ, "FMNIST_HOME": str(home)}, capture_output=True).returncode == 2
+        assert (
+            subprocess.run(
+                [*command[:-1], str(port)],
+                env={**os.environ, "FMNIST_HOME": str(home)},
+                capture_output=True,
+            ).returncode
+            == 2
+        )
     finally:
         server.send_signal(signal.SIGINT)
         _, error = server.communicate(timeout=30)

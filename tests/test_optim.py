@@ -34,17 +34,31 @@ SCHEDULES = {
 }
 
 
-def torchs_optimizer(spec: specs.SGD | specs.Adam | specs.AdamW, parameters: list[Tensor]) -> torch.optim.Optimizer:
+def torchs_optimizer(
+    spec: specs.SGD | specs.Adam | specs.AdamW, parameters: list[Tensor]
+) -> torch.optim.Optimizer:
     match spec:
         case specs.SGD():
-            return torch.optim.SGD(parameters, spec.lr, momentum=spec.momentum, nesterov=spec.nesterov, weight_decay=spec.weight_decay)
+            return torch.optim.SGD(
+                parameters,
+                spec.lr,
+                momentum=spec.momentum,
+                nesterov=spec.nesterov,
+                weight_decay=spec.weight_decay,
+            )
         case specs.Adam():
-            return torch.optim.Adam(parameters, spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay)
+            return torch.optim.Adam(
+                parameters, spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay
+            )
         case specs.AdamW():
-            return torch.optim.AdamW(parameters, spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay)
+            return torch.optim.AdamW(
+                parameters, spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay
+            )
 
 
-def torchs_scheduler(spec: specs.ExperimentSpec, optimizer: torch.optim.Optimizer, steps: int) -> lr_scheduler.LRScheduler:
+def torchs_scheduler(
+    spec: specs.ExperimentSpec, optimizer: torch.optim.Optimizer, steps: int
+) -> lr_scheduler.LRScheduler:
     """Torch's scheduler for a spec's schedule over `steps` updates, without the warm-up."""
     peak = spec.optimizer.lr
     match spec.schedule:
@@ -55,10 +69,18 @@ def torchs_scheduler(spec: specs.ExperimentSpec, optimizer: torch.optim.Optimize
         case specs.Cosine(final_fraction=final):
             return lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=peak * final)
         case specs.Linear(final_fraction=final):
-            return lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=final, total_iters=steps)
+            return lr_scheduler.LinearLR(
+                optimizer, start_factor=1.0, end_factor=final, total_iters=steps
+            )
         case specs.OneCycle(rise=rise, initial_divisor=initial, final_divisor=final):
             return lr_scheduler.OneCycleLR(
-                optimizer, peak, steps, pct_start=rise, div_factor=initial, final_div_factor=final, cycle_momentum=False
+                optimizer,
+                peak,
+                steps,
+                pct_start=rise,
+                div_factor=initial,
+                final_div_factor=final,
+                cycle_momentum=False,
             )
 
 
@@ -74,7 +96,11 @@ def torchs_rates(spec: specs.ExperimentSpec, steps: int) -> list[float]:
     return rates
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=["single", "double"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-6), (torch.float64, 1e-14)],
+    ids=["single", "double"],
+)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_updates_are_torchs(name: str, dtype: torch.dtype, tolerance: float) -> None:
     spec, generator = OPTIMIZERS[name], torch.Generator().manual_seed(1)
@@ -135,7 +161,9 @@ def test_steps_drop_by_epochs_counted_from_the_end_of_the_warm_up() -> None:
 
 @pytest.mark.parametrize("warmup", [0, 7])
 @pytest.mark.parametrize(("name", "final"), [("cosine", 0.05), ("linear", 0.1)])
-def test_the_rate_after_the_last_step_is_the_final_fraction(name: str, final: float, warmup: int) -> None:
+def test_the_rate_after_the_last_step_is_the_final_fraction(
+    name: str, final: float, warmup: int
+) -> None:
     spec = experiment(SCHEDULES[name], warmup)
     last, after = optim.learning_rates(spec, np.array([spec.steps, spec.steps + 1]))
     assert after == pytest.approx(final * PEAK)

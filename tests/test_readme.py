@@ -40,18 +40,43 @@ def apply(diff: str, root: Path) -> None:
 
 def test_ten_lines_add_a_model_that_trains_and_is_recorded(home: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(REPOSITORY / "fmnist", copy / "fmnist", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        REPOSITORY / "fmnist", copy / "fmnist", ignore=shutil.ignore_patterns("__pycache__")
+    )
     diff = block("diff")
-    assert sum(line.startswith("+") and not line.startswith("+++") and len(line) > 1 for line in diff.splitlines()) <= 10
+    assert (
+        sum(
+            line.startswith("+") and not line.startswith("+++") and len(line) > 1
+            for line in diff.splitlines()
+        )
+        <= 10
+    )
     apply(diff, copy)
     settings = ["model.type=cnn", "train.epochs=1", "train.batch_size=1000", "optimizer.lr=0.05"]
-    command = [sys.executable, "-m", "fmnist", "run", "baseline", *(f"--set={setting}" for setting in settings)]
-    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(copy)}, cwd=copy, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "fmnist",
+        "run",
+        "baseline",
+        *(f"--set={setting}" for setting in settings),
+    ]
+    result = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": str(copy)},
+        cwd=copy,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     assert float(re.search(r"Validation accuracy (0\.\d+)", result.stdout)[1]) > 0.6
     assert "run " in result.stdout
     shown = subprocess.run(
-        [*command[:3], "show", *command[4:]], env={**os.environ, "PYTHONPATH": str(copy)}, cwd=copy, capture_output=True, text=True
+        [*command[:3], "show", *command[4:]],
+        env={**os.environ, "PYTHONPATH": str(copy)},
+        cwd=copy,
+        capture_output=True,
+        text=True,
     )
     assert re.search(r"parameters +54,170", shown.stdout)
 

@@ -34,7 +34,9 @@ class Recorded:
     def __init__(self, home: Path) -> None:
         self.home = home
         (home / "experiments" / "tiny.yaml").write_text(TINY)
-        (home / "experiments" / "tiny-fast.yaml").write_text("# No measurement.\nextends: tiny\noptimizer: {lr: 0.01}\n")
+        (home / "experiments" / "tiny-fast.yaml").write_text(
+            "# No measurement.\nextends: tiny\noptimizer: {lr: 0.01}\n"
+        )
         self.tiny = self._run("tiny", "--seeds", "3")
         self.fast = self._run("tiny-fast", "--seeds", "3")
         self.often = self._run("tiny", "-s", "train.eval_every=7")
@@ -59,14 +61,18 @@ class Recorded:
     def _foreign(self) -> str:
         run = self.store.client.create_run(self.store.experiment("elsewhere"), run_name="keras")
         for step in range(1, 6):
-            self.store.client.log_metric(run.info.run_id, "val_accuracy", 0.5 + 0.01 * step, step=step)
+            self.store.client.log_metric(
+                run.info.run_id, "val_accuracy", 0.5 + 0.01 * step, step=step
+            )
             self.store.client.log_metric(run.info.run_id, "loss", 1 / step, step=step)
         self.store.client.set_terminated(run.info.run_id)
         return run.info.run_id
 
     def _running(self) -> str:
         tags = {"kind": "run", "experiment": "tiny", "seed": "9"}
-        return self.store.client.create_run(self.store.experiment("fashion-mnist"), tags=tags, run_name="tiny s9").info.run_id
+        return self.store.client.create_run(
+            self.store.experiment("fashion-mnist"), tags=tags, run_name="tiny s9"
+        ).info.run_id
 
     def write(self, folder: Path, *wanted: str) -> tuple[reports.Report, str]:
         return reports.write(self.store, folder, list(wanted)), (folder / "report.html").read_text()
@@ -114,7 +120,9 @@ def test_verdict_is_compares_own_with_its_figures(recorded: Recorded) -> None:
     assert "tiny-fast is better than tiny" in read
     accuracies = samples[0].accuracy
     assert f"{accuracies.mean():.4f} ± {accuracies.std(ddof=1):.4f} (n = 3)" in read
-    assert "Is <b>tiny</b> & small enough?" in read  # as text: what a run is named or asks is never markup
+    assert (
+        "Is <b>tiny</b> & small enough?" in read
+    )  # as text: what a run is named or asks is never markup
     assert "<b>tiny</b>" not in page
 
 
@@ -131,7 +139,12 @@ def test_page_is_one_file_without_network(recorded: Recorded) -> None:
     assert "default-src 'none'" in recorded.page
     sources = re.findall(r'(?:src|href)="([^"]*)"', recorded.page)
     assert all(source.startswith(("#", "data:", "http://127.0.0.1:5000/#/")) for source in sources)
-    assert f'href="{tracking.page(recorded.store.experiment("fashion-mnist"), recorded.tiny[0])}"'.replace("&", "&amp;") in recorded.page
+    assert (
+        f'href="{tracking.page(recorded.store.experiment("fashion-mnist"), recorded.tiny[0])}"'.replace(
+            "&", "&amp;"
+        )
+        in recorded.page
+    )
 
 
 def test_commands_repeat_the_groups(recorded: Recorded) -> None:
@@ -157,10 +170,19 @@ def test_curves_hold_the_runs_points(recorded: Recorded) -> None:
     assert mean["seconds"][0] == 0 < mean["seconds"][-1]
 
 
-def test_what_changed_is_told_with_pictures_of_the_images(recorded: Recorded, tmp_path: Path) -> None:
+def test_what_changed_is_told_with_pictures_of_the_images(
+    recorded: Recorded, tmp_path: Path
+) -> None:
     _, page = recorded.write(tmp_path, *recorded.tiny, *recorded.fast)
     before, after = (
-        np.sum([frame.filter(like="logit_").to_numpy().argmax(1) == frame["label"] for frame in predictions_of(recorded, runs)], axis=0) > 1
+        np.sum(
+            [
+                frame.filter(like="logit_").to_numpy().argmax(1) == frame["label"]
+                for frame in predictions_of(recorded, runs)
+            ],
+            axis=0,
+        )
+        > 1
         for runs in (recorded.tiny, recorded.fast)
     )
     validation = recorded.store.predictions(recorded.tiny[0])["split"].eq("val").to_numpy()
@@ -169,7 +191,9 @@ def test_what_changed_is_told_with_pictures_of_the_images(recorded: Recorded, tm
     shown = [int(index) for index in re.findall(r'alt="image (\d+)"', page)]
     assert len(shown) > 2 * 10
     assert set(shown) <= set(recorded.store.predictions(recorded.tiny[0]).loc[validation, "index"])
-    raw = np.fromfile(recorded.home / "data/FashionMNIST/raw/train-images-idx3-ubyte", np.uint8)[16:].reshape(-1, 28, 28)
+    raw = np.fromfile(recorded.home / "data/FashionMNIST/raw/train-images-idx3-ubyte", np.uint8)[
+        16:
+    ].reshape(-1, 28, 28)
     uri = re.search(rf'src="([^"]+)"[^>]*alt="image {shown[0]}"', page)[1]
     assert uri == plots.data_uri(raw[shown[0]])
     assert text(page).count("Exploratory.") == 1
@@ -197,18 +221,30 @@ def test_figures_are_drawn_and_the_runs_own_are_copied(recorded: Recorded) -> No
         "report.html",
         "runs.md",
     }
-    assert names >= {"confusion_difference.png", "runs/tiny_s0/learning_curves.png", "runs/tiny_s0/confusion_matrix.png"}
+    assert names >= {
+        "confusion_difference.png",
+        "runs/tiny_s0/learning_curves.png",
+        "runs/tiny_s0/confusion_matrix.png",
+    }
     for path in recorded.report.files:
         assert path.suffix != ".png" or images.imread(path)[..., :3].std() > 0.02
     copied = recorded.folder / "runs" / "tiny_s0" / "learning_curves.png"
-    assert copied.read_bytes() == recorded.store.read(recorded.tiny[0], ["figures/learning_curves.png"])["figures/learning_curves.png"]
+    assert (
+        copied.read_bytes()
+        == recorded.store.read(recorded.tiny[0], ["figures/learning_curves.png"])[
+            "figures/learning_curves.png"
+        ]
+    )
 
 
 def test_response_is_drawn_where_one_number_differs(recorded: Recorded, tmp_path: Path) -> None:
     report, page = recorded.write(tmp_path, *recorded.tiny, *recorded.fast)
     assert tmp_path / "response.png" in report.files
     assert "Response to optimizer.lr" in text(page)
-    assert "response.png" not in {path.name for path in recorded.write(tmp_path, *recorded.tiny, recorded.often, recorded.bare)[0].files}
+    assert "response.png" not in {
+        path.name
+        for path in recorded.write(tmp_path, *recorded.tiny, recorded.often, recorded.bare)[0].files
+    }
 
 
 def test_response_leaves_out_what_differs_in_more(recorded: Recorded, tmp_path: Path) -> None:
@@ -244,7 +280,9 @@ def test_one_run_is_a_report(recorded: Recorded, tmp_path: Path) -> None:
     assert len(data(page)) == 1
 
 
-def test_run_without_predictions_is_compared_by_its_accuracy(recorded: Recorded, tmp_path: Path) -> None:
+def test_run_without_predictions_is_compared_by_its_accuracy(
+    recorded: Recorded, tmp_path: Path
+) -> None:
     report, page = recorded.write(tmp_path, *recorded.tiny, recorded.bare)
     assert any(recorded.bare in note and "predictions.parquet" in note for note in report.notes)
     assert "momentum=0.5 has one seed" in text(page)
@@ -256,7 +294,9 @@ def test_running_run_is_in_the_table_and_not_compared(recorded: Recorded, tmp_pa
     assert [row[report.columns.index("status")] for row in report.rows].count("RUNNING") == 1
     assert "1 setting compared, 4 runs" in text(page)
     alone, page = recorded.write(tmp_path, recorded.running)
-    assert alone.notes == ["no run is finished yet: there is nothing to compare and nothing to draw"]
+    assert alone.notes == [
+        "no run is finished yet: there is nothing to compare and nothing to draw"
+    ]
     assert "0 settings compared, 1 run " in text(page)
 
 
@@ -267,13 +307,17 @@ def test_diverged_run_is_counted_aloud(recorded: Recorded, tmp_path: Path) -> No
     json.loads(json.dumps(data(page), allow_nan=False))  # an infinite loss would not be JSON
 
 
-def test_differing_evaluation_steps_are_drawn_each_as_it_is(recorded: Recorded, tmp_path: Path) -> None:
+def test_differing_evaluation_steps_are_drawn_each_as_it_is(
+    recorded: Recorded, tmp_path: Path
+) -> None:
     _, page = recorded.write(tmp_path, *recorded.tiny, recorded.often)
     steps = [group["val/loss"]["mean"]["step"] for group in data(page)]
     assert steps == [[0, 10, 20, 30, 40, STEPS], [*range(0, STEPS, 7), STEPS]]
 
 
-def test_runs_validated_on_other_images_are_a_comparison_of_their_own(recorded: Recorded, tmp_path: Path) -> None:
+def test_runs_validated_on_other_images_are_a_comparison_of_their_own(
+    recorded: Recorded, tmp_path: Path
+) -> None:
     _, page = recorded.write(tmp_path, *recorded.tiny, recorded.on_test)
     assert "Validated on 10,000 held-out training images" in text(page)
     assert "Validated on the 10,000 test images" in text(page)
@@ -305,7 +349,15 @@ def test_thinned_curves_keep_the_extremes() -> None:
     generator = np.random.default_rng(0)
     curve = pd.DataFrame({"step": np.arange(37_500), "value": generator.normal(0, 1, 37_500)})
     curve.loc[20_011, "value"], curve.loc[31, "value"] = 50.0, -50.0
-    frame = pd.DataFrame({"step": curve["step"], "epoch": 0.0, "examples": 0.0, "elapsed_s": 0.0, "val/loss": curve["value"]})
+    frame = pd.DataFrame(
+        {
+            "step": curve["step"],
+            "epoch": 0.0,
+            "examples": 0.0,
+            "elapsed_s": 0.0,
+            "val/loss": curve["value"],
+        }
+    )
     frame[["val/accuracy", "train/loss", "train/accuracy"]] = np.nan
     drawn = plots.traces([frame])["val/loss"].runs[0]
     assert len(drawn) <= 400
@@ -318,10 +370,18 @@ def test_thinned_curves_keep_the_extremes() -> None:
 
 def test_mean_is_of_steps_that_all_runs_have_and_nothing_infinite_is_drawn() -> None:
     def curves(losses: list[float]) -> pd.DataFrame:
-        frame = pd.DataFrame({"step": range(len(losses)), "epoch": 0.0, "elapsed_s": 0.0, "val/loss": losses})
-        return frame.assign(**{"val/accuracy": np.nan, "train/loss": np.nan, "train/accuracy": np.nan})
+        frame = pd.DataFrame(
+            {"step": range(len(losses)), "epoch": 0.0, "elapsed_s": 0.0, "val/loss": losses}
+        )
+        return frame.assign(
+            **{"val/accuracy": np.nan, "train/loss": np.nan, "train/accuracy": np.nan}
+        )
 
-    short, long, diverged = curves([3.0, 2.0]), curves([5.0, 4.0, 1.0]), curves([9.0, np.inf, np.nan])
+    short, long, diverged = (
+        curves([3.0, 2.0]),
+        curves([5.0, 4.0, 1.0]),
+        curves([9.0, np.inf, np.nan]),
+    )
     drawn = plots.traces([short, long], [diverged])["val/loss"]
     assert drawn.mean[["step", "value"]].to_numpy().tolist() == [[0, 4], [1, 3]]
     assert drawn.mean["low"].isna().all()  # of two runs
@@ -335,13 +395,22 @@ def test_readme_and_experiments_are_brought_up_to_date(recorded: Recorded, tmp_p
     readme.write_text("Results\n<!-- results -->\nold\n<!-- /results -->\nthe rest\n")
     try:
         report = reports.write(recorded.store, tmp_path, [recorded.foreign], update_readme=True)
-        [group_of_tiny] = [each for each in compare.groups(recorded.store.runs(None)) if each.key == group]
+        [group_of_tiny] = [
+            each for each in compare.groups(recorded.store.runs(None)) if each.key == group
+        ]
         lines = readme.read_text().splitlines()
-        assert (lines[0], lines[1], lines[-2], lines[-1]) == ("Results", "<!-- results -->", "<!-- /results -->", "the rest")
+        assert (lines[0], lines[1], lines[-2], lines[-1]) == (
+            "Results",
+            "<!-- results -->",
+            "<!-- /results -->",
+            "the rest",
+        )
         [row] = [line for line in lines if line.startswith("| `tiny` |")]
         assert f"| {group_of_tiny.stated()} |" in row
         assert "train.batch_size 1000" in row
-        assert not any(line == "old" or "`baseline`" in line for line in lines)  # experiments without runs have no results
+        assert not any(
+            line == "old" or "`baseline`" in line for line in lines
+        )  # experiments without runs have no results
         header = tiny.read_text()
         assert f"# Measured: accuracy {group_of_tiny.stated()}" in header
         assert "older line" not in header and "goes on here" not in header  # noqa: PT018
@@ -355,19 +424,36 @@ def test_readme_and_experiments_are_brought_up_to_date(recorded: Recorded, tmp_p
         tiny.write_text(before)
 
 
-def test_what_a_search_picked_by_its_accuracy_is_no_measurement_of_it(recorded: Recorded, tmp_path: Path) -> None:
+def test_what_a_search_picked_by_its_accuracy_is_no_measurement_of_it(
+    recorded: Recorded, tmp_path: Path
+) -> None:
     (tmp_path / "experiments" / "sweeps").mkdir(parents=True)
-    for name in ("experiments/tiny.yaml", "experiments/holdout.yaml", "experiments/baseline.yaml", "experiments/sweeps/search-recipe.yaml"):
+    for name in (
+        "experiments/tiny.yaml",
+        "experiments/holdout.yaml",
+        "experiments/baseline.yaml",
+        "experiments/sweeps/search-recipe.yaml",
+    ):
         (tmp_path / name).write_text((recorded.home / name).read_text())
     (tmp_path / "README.md").write_text("<!-- results -->\n<!-- /results -->")
     runs = recorded.store.runs(None)
     for sweep, n in (("search-recipe", 2), ("sweep-lr", 3)):
-        readme.update(tmp_path, runs.assign(**{"t/sweep": np.where(runs["run_id"] == recorded.tiny[1], sweep, None)}), [])
-        [row] = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| `tiny` |")]
+        readme.update(
+            tmp_path,
+            runs.assign(**{"t/sweep": np.where(runs["run_id"] == recorded.tiny[1], sweep, None)}),
+            [],
+        )
+        [row] = [
+            line
+            for line in (tmp_path / "README.md").read_text().splitlines()
+            if line.startswith("| `tiny` |")
+        ]
         assert f"(n = {n})" in row
 
 
-def test_readme_without_a_place_for_results_is_left_alone(recorded: Recorded, tmp_path: Path) -> None:
+def test_readme_without_a_place_for_results_is_left_alone(
+    recorded: Recorded, tmp_path: Path
+) -> None:
     readme = recorded.home / "README.md"
     readme.write_text("nothing\n")
     result = command(recorded.home, "report", "--update-readme")

@@ -20,7 +20,17 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from fmnist import checkpoint, data, engine, environment, experiments, journal, runner, training, verify
+from fmnist import (
+    checkpoint,
+    data,
+    engine,
+    environment,
+    experiments,
+    journal,
+    runner,
+    training,
+    verify,
+)
 from fmnist import spec as specs
 from fmnist.errors import Irreproducible, SpecError, StoreError, UserError
 from fmnist.journal import Recorded
@@ -32,7 +42,10 @@ DATA, SHOWN = specs.Data(holdout=59_000), 300
 
 
 def experiment(
-    optimizer: Any = None, schedule: Any = None, stopping: specs.EarlyStopping | None = None, **train: Any
+    optimizer: Any = None,
+    schedule: Any = None,
+    stopping: specs.EarlyStopping | None = None,
+    **train: Any,
 ) -> specs.ExperimentSpec:
     """34 steps an epoch, the last of 10 images; 68 in all, evaluated at 0, 10, …, 60, 68."""
     return specs.ExperimentSpec(
@@ -41,7 +54,9 @@ def experiment(
         model=specs.MLP(hidden=(16,)),
         optimizer=optimizer or specs.SGD(lr=0.05, momentum=0.9),
         schedule=schedule or specs.Constant(),
-        train=specs.Train(**{"epochs": 2, "batch_size": 30, "eval_every": 10, "early_stopping": stopping, **train}),
+        train=specs.Train(
+            **{"epochs": 2, "batch_size": 30, "eval_every": 10, "early_stopping": stopping, **train}
+        ),
         compute=specs.Compute(device="cpu"),
     )
 
@@ -51,7 +66,9 @@ STOPPING = experiment(specs.SGD(lr=0.2, momentum=0.9), stopping=specs.EarlyStopp
 RECIPES = {
     "momentum": SPEC,
     "adamw": experiment(specs.AdamW(lr=0.003)),
-    "warm-up and steps": experiment(schedule=specs.Step(warmup_steps=15, every_epochs=1, factor=0.3)),
+    "warm-up and steps": experiment(
+        schedule=specs.Step(warmup_steps=15, every_epochs=1, factor=0.3)
+    ),
     "early stopping": STOPPING,
     "collapse": experiment(specs.SGD(lr=0.5)),
 }
@@ -62,7 +79,9 @@ def load_few() -> data.Dataset:
     full = data.load(DATA, REPOSITORY, engine.device(SPEC.compute))
 
     def shown(split: data.Split) -> data.Split:
-        return data.Split(split.images[:SHOWN].clone(), split.labels[:SHOWN].clone(), split.index[:SHOWN])
+        return data.Split(
+            split.images[:SHOWN].clone(), split.labels[:SHOWN].clone(), split.index[:SHOWN]
+        )
 
     assert full.test is not None
     return data.Dataset(full.train, shown(full.validation), shown(full.test))
@@ -75,7 +94,13 @@ def surroundings() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(data, "load", lambda *arguments: few)
         patched.setattr(
-            environment, "collect", lambda command, device, stack=1: {**facts, "threads": torch.get_num_threads(), "stack": stack}
+            environment,
+            "collect",
+            lambda command, device, stack=1: {
+                **facts,
+                "threads": torch.get_num_threads(),
+                "stack": stack,
+            },
         )
         yield
 
@@ -85,8 +110,16 @@ def surroundings() -> Iterator[None]:
 Watch = Callable[[Any], None]
 
 
-def run(root: Path, spec: specs.ExperimentSpec, said: list[str] | None = None, watch: Watch = lambda training: None, **how: Any) -> Outcome:
-    context = runner.Context(root, sync=False, say=print if said is None else said.append, watch=watch)
+def run(
+    root: Path,
+    spec: specs.ExperimentSpec,
+    said: list[str] | None = None,
+    watch: Watch = lambda training: None,
+    **how: Any,
+) -> Outcome:
+    context = runner.Context(
+        root, sync=False, say=print if said is None else said.append, watch=watch
+    )
     [outcome] = runner.run([experiments.Resolved(spec, spec.name, {}, ())], context, **how)
     return outcome
 
@@ -129,7 +162,9 @@ def save_up_to(step: int) -> Callable[[], None]:
     def prepare() -> None:
         save_always()
         save = checkpoint.save
-        checkpoint.save = lambda folder, spec, state: save(folder, spec, state) if state["step"] <= step else None
+        checkpoint.save = lambda folder, spec, state: (
+            save(folder, spec, state) if state["step"] <= step else None
+        )
 
     return prepare
 
@@ -138,7 +173,13 @@ def at_step(step: int, act: Callable[[], object]) -> Watch:
     return lambda run: run.step == step and act() and None
 
 
-def kill(root: Path, spec: specs.ExperimentSpec, step: int, prepare: Callable[[], None] = save_always, **how: Any) -> StateFolder:
+def kill(
+    root: Path,
+    spec: specs.ExperimentSpec,
+    step: int,
+    prepare: Callable[[], None] = save_always,
+    **how: Any,
+) -> StateFolder:
     """Train up to this step in a process that is killed there."""
 
     def train() -> None:
@@ -149,7 +190,9 @@ def kill(root: Path, spec: specs.ExperimentSpec, step: int, prepare: Callable[[]
     return state_folders(root)[-1]
 
 
-def finish(folder: StateFolder, spec: specs.ExperimentSpec, said: list[str] | None = None) -> Outcome:
+def finish(
+    folder: StateFolder, spec: specs.ExperimentSpec, said: list[str] | None = None
+) -> Outcome:
     """Continue a run, which adds to what is on record and changes nothing of it."""
     path = folder.path / "journal"
     whole = path.read_bytes()[: journal.read(path)[1]] if path.exists() else b""
@@ -167,17 +210,30 @@ def result(folder: StateFolder) -> dict[str, object]:
     records, end = journal.read(folder.path / "journal")
     assert end == (folder.path / "journal").stat().st_size
     kinds: dict[str, list[dict[str, Any]]] = {
-        kind: [r.fields for r in records if r.kind == kind] for kind in ("train", "evaluation", "final")
+        kind: [r.fields for r in records if r.kind == kind]
+        for kind in ("train", "evaluation", "final")
     }
     recorded, state = Recorded(records), checkpoint.load(folder.path / "checkpoint.pt", folder.spec)
     with np.load(folder.path / "predictions.npz") as predictions:
         predicted = {name: predictions[name].tobytes() for name in predictions}
     best = state["best"] or {"step": None, "parameters": torch.empty(0)}
     return {
-        "steps": [step for fields in kinds["train"] for step in range(fields["first"], fields["first"] + fields["count"])],
+        "steps": [
+            step
+            for fields in kinds["train"]
+            for step in range(fields["first"], fields["first"] + fields["count"])
+        ],
         **{name: array.tobytes() for name, array in recorded.arrays.items()},
-        "evaluations": [repr([fields[key] for key in ("step", "epoch", *MEASURED)]) for fields in kinds["evaluation"]],
-        "results": [repr([fields[key] for key in ("metrics", "weights", "collapsed_at", "stopped_early_at")]) for fields in kinds["final"]],
+        "evaluations": [
+            repr([fields[key] for key in ("step", "epoch", *MEASURED)])
+            for fields in kinds["evaluation"]
+        ],
+        "results": [
+            repr(
+                [fields[key] for key in ("metrics", "weights", "collapsed_at", "stopped_early_at")]
+            )
+            for fields in kinds["final"]
+        ],
         "end": (records[-1].kind, records[-1].fields.get("status")),
         "step": state["step"],
         "parameters": state["parameters"].numpy().tobytes(),
@@ -211,7 +267,9 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
 
 
 def continued(folder: StateFolder, step: int, spec: specs.ExperimentSpec = SPEC) -> str:
-    return f"continuing {folder.path.name} at step {step} of {spec.steps} (--fresh would start anew)"
+    return (
+        f"continuing {folder.path.name} at step {step} of {spec.steps} (--fresh would start anew)"
+    )
 
 
 # ---- killed between two segments
@@ -234,7 +292,9 @@ def test_an_unbroken_run_is_the_same_twice(unbroken: Unbroken, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_run_killed_after_any_segment_ends_as_if_it_had_not_been(recipe: str, unbroken: Unbroken, tmp_path: Path) -> None:
+def test_a_run_killed_after_any_segment_ends_as_if_it_had_not_been(
+    recipe: str, unbroken: Unbroken, tmp_path: Path
+) -> None:
     spec = RECIPES[recipe]
     stops = STOPS if recipe in ("momentum", "early stopping") else (0, 20, 50, 68)
     for step in [stop for stop in stops if stop <= unbroken(spec)["step"]]:
@@ -273,7 +333,9 @@ def test_a_run_goes_on_whose_steps_are_cut_otherwise_now(
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_run_without_a_checkpoint_is_computed_again_and_compared(recipe: str, unbroken: Unbroken, tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_is_computed_again_and_compared(
+    recipe: str, unbroken: Unbroken, tmp_path: Path
+) -> None:
     said: list[str] = []
     folder = kill(tmp_path, RECIPES[recipe], 40, save_never)
     finish(folder, RECIPES[recipe], said)
@@ -282,7 +344,9 @@ def test_a_run_without_a_checkpoint_is_computed_again_and_compared(recipe: str, 
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_steps_behind_the_checkpoint_are_computed_again_and_compared(recipe: str, unbroken: Unbroken, tmp_path: Path) -> None:
+def test_steps_behind_the_checkpoint_are_computed_again_and_compared(
+    recipe: str, unbroken: Unbroken, tmp_path: Path
+) -> None:
     said: list[str] = []
     folder = kill(tmp_path, RECIPES[recipe], 40, save_up_to(20))
     finish(folder, RECIPES[recipe], said)
@@ -291,22 +355,36 @@ def test_steps_behind_the_checkpoint_are_computed_again_and_compared(recipe: str
 
 
 @pytest.mark.parametrize("recipe", ["momentum", "early stopping"])
-def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(recipe: str, unbroken: Unbroken, tmp_path: Path) -> None:
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(
+    recipe: str, unbroken: Unbroken, tmp_path: Path
+) -> None:
     spec = RECIPES[recipe]
     for step in (20, 30, 50):
         folder = kill(tmp_path, spec, step)
     finish(folder, spec)
     assert only(tmp_path) == folder
-    resumes = [record.fields["step"] for record in journal.read(folder.path / "journal")[0] if record.kind == "resume"]
+    resumes = [
+        record.fields["step"]
+        for record in journal.read(folder.path / "journal")[0]
+        if record.kind == "resume"
+    ]
     assert resumes == [20, 30, 50]
     assert differences(folder, unbroken(spec)) == []
 
 
 def test_training_time_goes_on_from_where_it_was(tmp_path: Path) -> None:
     folder = kill(tmp_path, SPEC, 30)
-    times = [record.fields["elapsed_s"] for record in journal.read(folder.path / "journal")[0] if record.kind == "train"]
+    times = [
+        record.fields["elapsed_s"]
+        for record in journal.read(folder.path / "journal")[0]
+        if record.kind == "train"
+    ]
     outcome = finish(folder, SPEC)
-    later = [record.fields["elapsed_s"] for record in journal.read(folder.path / "journal")[0] if record.kind == "train"]
+    later = [
+        record.fields["elapsed_s"]
+        for record in journal.read(folder.path / "journal")[0]
+        if record.kind == "train"
+    ]
     assert later == sorted(later)
     assert later[:3] == times
     assert outcome.training_s == later[-1] > times[-1]
@@ -341,7 +419,10 @@ def moments(root: Path, train: Callable[[], object]) -> list[str]:
 
 
 def kill_at(
-    moment: int, train: Callable[[], object], torn: bool = False, then: Callable[[str, Any, Any], None] = lambda *arguments: None
+    moment: int,
+    train: Callable[[], object],
+    torn: bool = False,
+    then: Callable[[str, Any, Any], None] = lambda *arguments: None,
 ) -> None:
     """Train in a process that is killed before that moment, or in the midst of what it writes then."""
     count = itertools.count()
@@ -376,7 +457,9 @@ def train_few(root: Path, spec: specs.ExperimentSpec = FEW) -> Callable[[], obje
     return train
 
 
-def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(unbroken: Unbroken, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
+    unbroken: Unbroken, tmp_path: Path
+) -> None:
     done = moments(tmp_path / "whole", train_few(tmp_path / "whole"))
     assert len(done) >= 28
     assert done[: PAPERS + 1] == ["fsync"] * PAPERS + ["write"]
@@ -389,11 +472,15 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(unbroken: Unbroke
                 continue
             folder = only(root)
             finish(folder, FEW, said)
-            assert [line.split(" at ")[0] for line in said] == [f"continuing {folder.path.name}"], f"{moment}: {name}"
+            assert [line.split(" at ")[0] for line in said] == [f"continuing {folder.path.name}"], (
+                f"{moment}: {name}"
+            )
             assert differences(folder, unbroken(FEW)) == [], f"{moment}: {name}"
 
 
-def test_a_run_killed_at_any_moment_of_its_end_keeps_its_best_weights(unbroken: Unbroken, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_of_its_end_keeps_its_best_weights(
+    unbroken: Unbroken, tmp_path: Path
+) -> None:
     done = moments(tmp_path / "whole", train_few(tmp_path / "whole", STOPPING))
     for moment in range(len(done) - 10, len(done) - 1):
         kill_at(moment, train_few(tmp_path / str(moment), STOPPING))
@@ -402,11 +489,19 @@ def test_a_run_killed_at_any_moment_of_its_end_keeps_its_best_weights(unbroken: 
         assert differences(folder, unbroken(STOPPING)) == [], f"{moment}: {done[moment]}"
 
 
-def test_a_kill_in_the_midst_of_a_checkpoint_leaves_the_one_before(unbroken: Unbroken, tmp_path: Path) -> None:
+def test_a_kill_in_the_midst_of_a_checkpoint_leaves_the_one_before(
+    unbroken: Unbroken, tmp_path: Path
+) -> None:
     def die_at_the_fourth() -> None:
         save_always()
         count, fsync = itertools.count(), os.fsync
-        written = lambda file: die() if os.readlink(f"/proc/self/fd/{file}").endswith(".pt.partial") and next(count) == 3 else fsync(file)  # noqa: E731
+
+        def written(file: int) -> None:
+            name = os.readlink(f"/proc/self/fd/{file}")
+            if name.endswith(".pt.partial") and next(count) == 3:
+                die()
+            fsync(file)
+
         checkpoint.os = SimpleNamespace(fsync=written)
 
     said: list[str] = []
@@ -422,7 +517,10 @@ def test_a_kill_in_the_midst_of_a_checkpoint_leaves_the_one_before(unbroken: Unb
 
 def lose_power(folder: StateFolder, flushed: dict[int, int]) -> None:
     """Leave of each file what had been on the disk for sure: {inode: its size when it was last flushed}."""
-    for path in (folder.path / name for name in ("journal", "checkpoint.pt", "checkpoint.previous.pt", "predictions.npz")):
+    for path in (
+        folder.path / name
+        for name in ("journal", "checkpoint.pt", "checkpoint.previous.pt", "predictions.npz")
+    ):
         if path.exists():
             os.truncate(path, flushed.get(path.stat().st_ino, 0))
 
@@ -441,7 +539,9 @@ def lose_power_at(root: Path, moment: int, train: Callable[[], object]) -> None:
         lose_power(folder, dict(tuple(map(int, line.split())) for line in lines))
 
 
-def falls_back(root: Path, spec: specs.ExperimentSpec, train: Callable[[Path], object]) -> Iterator[tuple[list[str], list[str]]]:
+def falls_back(
+    root: Path, spec: specs.ExperimentSpec, train: Callable[[Path], object]
+) -> Iterator[tuple[list[str], list[str]]]:
     """With the power lost at each moment of a run but its last: what is said beyond that it goes on, and what differs."""
     done = moments(root / "whole", train_in(root / "whole", train))
     wanted = result(only(root / "whole"))
@@ -451,15 +551,24 @@ def falls_back(root: Path, spec: specs.ExperimentSpec, train: Callable[[Path], o
             continue  # not begun yet
         folder, said = only(root / str(moment)), list[str]()
         run(root / str(moment), spec, said)
-        yield [line for line in said if not line.startswith("continuing")], differences(folder, wanted)
+        yield (
+            [line for line in said if not line.startswith("continuing")],
+            differences(folder, wanted),
+        )
 
 
 def train_in(root: Path, train: Callable[[Path], object]) -> Callable[[], object]:
     return lambda: train(root)
 
 
-def test_after_a_power_loss_no_checkpoint_is_ahead_of_its_journal(unbroken: Unbroken, tmp_path: Path) -> None:
-    assert [found for found in falls_back(tmp_path, LEAST, lambda root: train_few(root, LEAST)()) if found != ([], [])] == []
+def test_after_a_power_loss_no_checkpoint_is_ahead_of_its_journal(
+    unbroken: Unbroken, tmp_path: Path
+) -> None:
+    assert [
+        found
+        for found in falls_back(tmp_path, LEAST, lambda root: train_few(root, LEAST)())
+        if found != ([], [])
+    ] == []
 
 
 def test_a_run_whose_end_a_power_loss_takes_ends_again(unbroken: Unbroken, tmp_path: Path) -> None:
@@ -478,7 +587,10 @@ def test_what_a_power_loss_leaves_is_less_than_what_was_written(tmp_path: Path) 
     before_flush = done.index("fsync", done.index("replace"))
     lose_power_at(tmp_path / "lost", before_flush, train_few(tmp_path / "lost"))
     kill_at(before_flush, train_few(tmp_path / "killed"))
-    lost, killed = (Recorded(journal.read(only(tmp_path / name).path / "journal")[0]).last for name in ("lost", "killed"))
+    lost, killed = (
+        Recorded(journal.read(only(tmp_path / name).path / "journal")[0]).last
+        for name in ("lost", "killed")
+    )
     assert lost < killed
 
 
@@ -494,7 +606,10 @@ def spoil(path: Path) -> None:
 def cut(folder: StateFolder, kind: str, step: int) -> None:
     """Cut the journal in the midst of a record: that of the steps from `step` on, or of the evaluation there."""
     path, end = folder.path / "journal", 0
-    found = [(record.kind, record.fields.get("first", record.fields.get("step"))) for record in journal.read(path)[0]]
+    found = [
+        (record.kind, record.fields.get("first", record.fields.get("step")))
+        for record in journal.read(path)[0]
+    ]
     whole = path.read_bytes()
     for _ in range(found.index((kind, step))):
         end += journal.HEAD.size + journal.HEAD.unpack_from(whole, end)[1]
@@ -510,7 +625,10 @@ def alter(folder: StateFolder, step: int) -> None:
         written = Journal.resume(folder)
         for record in records:
             arrays = {name: array.copy() for name, array in record.arrays.items()}
-            if record.kind == "train" and 0 <= (row := step - record.fields["first"]) < record.fields["count"]:
+            if (
+                record.kind == "train"
+                and 0 <= (row := step - record.fields["first"]) < record.fields["count"]
+            ):
                 arrays["loss"].view(np.int32)[row] ^= 1
             written._append(journal.Record(record.kind, record.fields, arrays))
         written.release()
@@ -523,7 +641,9 @@ def altered_at_55(root: Path) -> StateFolder:
     return folder
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(unbroken: Unbroken, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    unbroken: Unbroken, tmp_path: Path
+) -> None:
     said: list[str] = []
     folder = kill(tmp_path, SPEC, 40)
     spoil(folder.path / "checkpoint.pt")
@@ -536,15 +656,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(unbroken: Unbroken, tm
 
 
 @pytest.mark.parametrize("recipe", ["momentum", "early stopping"])
-def test_with_no_whole_checkpoint_all_is_computed_again_and_compared(recipe: str, unbroken: Unbroken, tmp_path: Path) -> None:
+def test_with_no_whole_checkpoint_all_is_computed_again_and_compared(
+    recipe: str, unbroken: Unbroken, tmp_path: Path
+) -> None:
     spec, said = RECIPES[recipe], list[str]()
     folder = kill(tmp_path, spec, 40)
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         spoil(folder.path / name)
     finish(folder, spec, said)
-    assert [line.partition(" is ")[2] for line in said] == ["damaged: its checksum does not fit; what there is before it is taken"] * 2 + [
-        ""
-    ]
+    assert [line.partition(" is ")[2] for line in said] == [
+        "damaged: its checksum does not fit; what there is before it is taken"
+    ] * 2 + [""]
     assert said[2] == continued(folder, 0)
     assert differences(folder, unbroken(spec)) == []
 
@@ -560,7 +682,11 @@ def test_a_checkpoint_ahead_of_a_damaged_journal_is_left_alone(
     finish(folder, spec, said)
     ahead = {"checkpoint.pt": 40, "checkpoint.previous.pt": 30}
     assert said == [
-        *(f"{folder.path / name} is of step {of}; the journal is whole up to step {last}" for name, of in ahead.items() if of > last),
+        *(
+            f"{folder.path / name} is of step {of}; the journal is whole up to step {last}"
+            for name, of in ahead.items()
+            if of > last
+        ),
         continued(folder, step),
     ]
     assert differences(folder, unbroken(spec)) == []
@@ -568,7 +694,9 @@ def test_a_checkpoint_ahead_of_a_damaged_journal_is_left_alone(
 
 @pytest.mark.parametrize("recipe", ["momentum", "early stopping", "collapse"])
 @pytest.mark.parametrize("step", [0, 20, 50])
-def test_an_evaluation_lost_where_the_checkpoint_is_is_made_again(recipe: str, step: int, unbroken: Unbroken, tmp_path: Path) -> None:
+def test_an_evaluation_lost_where_the_checkpoint_is_is_made_again(
+    recipe: str, step: int, unbroken: Unbroken, tmp_path: Path
+) -> None:
     folder, said = kill(tmp_path, RECIPES[recipe], step), list[str]()
     cut(folder, "evaluation", step)
     finish(folder, RECIPES[recipe], said)
@@ -585,7 +713,10 @@ def swap_in_another_checkpoint(root: Path) -> StateFolder:
 def test_a_checkpoint_of_another_spec_is_refused_by_the_fields_that_differ(tmp_path: Path) -> None:
     folder = swap_in_another_checkpoint(tmp_path)
     before = (folder.path / "journal").read_bytes()
-    with pytest.raises(StoreError, match=r"belongs to another spec: train\.epochs 3 there, 2 here, train\.seed 1 there, 0 here$"):
+    with pytest.raises(
+        StoreError,
+        match=r"belongs to another spec: train\.epochs 3 there, 2 here, train\.seed 1 there, 0 here$",
+    ):
         run(tmp_path, SPEC)
     assert (folder.path / "journal").read_bytes() == before
 
@@ -600,7 +731,11 @@ def test_a_run_that_was_refused_is_let_go_of(tmp_path: Path) -> None:
 def test_a_step_that_comes_out_otherwise_ends_the_run(tmp_path: Path) -> None:
     folder = altered_at_55(tmp_path)
     outcome = finish(folder, SPEC)
-    assert (outcome.status, outcome.exit_code, outcome.resumable) == ("FAILED", Irreproducible.exit_code, False)
+    assert (outcome.status, outcome.exit_code, outcome.resumable) == (
+        "FAILED",
+        Irreproducible.exit_code,
+        False,
+    )
     assert outcome.reason is not None
     assert "step 55: train/loss was" in outcome.reason
     assert not folder.resumable
@@ -609,16 +744,22 @@ def test_a_step_that_comes_out_otherwise_ends_the_run(tmp_path: Path) -> None:
 # ---- elsewhere
 
 
-def assert_goes_on_without_comparing(folder: StateFolder, spec: specs.ExperimentSpec, change: str) -> None:
+def assert_goes_on_without_comparing(
+    folder: StateFolder, spec: specs.ExperimentSpec, change: str
+) -> None:
     said: list[str] = []
     before = Recorded(journal.read(folder.path / "journal")[0]).arrays["loss"][:60].tobytes()
     assert finish(folder, spec, said).status == "FINISHED"
-    assert said[1:] == [f"it began elsewhere, so what is computed from here on may differ in its last bits: {change}"]
+    assert said[1:] == [
+        f"it began elsewhere, so what is computed from here on may differ in its last bits: {change}"
+    ]
     records, _ = journal.read(folder.path / "journal")
     assert Recorded(records).arrays["loss"][:60].tobytes() == before
     assert Recorded(records).last == 68
     [resumed] = [record for record in records if record.kind == "resume"]
-    changed = environment.differences(environment.facts(folder.environment), resumed.fields["environment"])
+    changed = environment.differences(
+        environment.facts(folder.environment), resumed.fields["environment"]
+    )
     assert " ".join(*changed.items()) == change
 
 
@@ -626,7 +767,9 @@ def test_with_other_threads_a_run_goes_on_without_comparing_and_says_so(tmp_path
     folder = altered_at_55(tmp_path)
     try:
         assert_goes_on_without_comparing(
-            folder, SPEC.model_copy(update={"compute": specs.Compute(device="cpu", threads=2)}), "threads 1 -> 2"
+            folder,
+            SPEC.model_copy(update={"compute": specs.Compute(device="cpu", threads=2)}),
+            "threads 1 -> 2",
         )
     finally:
         torch.set_num_threads(1)
@@ -641,7 +784,9 @@ def began_with(folder: StateFolder, **changed: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("key", ["device", "processor"])
-def test_on_another_machine_a_run_goes_on_without_comparing_and_says_so(key: str, tmp_path: Path) -> None:
+def test_on_another_machine_a_run_goes_on_without_comparing_and_says_so(
+    key: str, tmp_path: Path
+) -> None:
     folder = altered_at_55(tmp_path)
     facts = began_with(folder, **{key: "another"})
     assert_goes_on_without_comparing(folder, SPEC, f"{key} another -> {facts[key]}")
@@ -654,11 +799,15 @@ def test_with_another_torch_a_run_goes_on_without_comparing_and_says_so(tmp_path
     assert_goes_on_without_comparing(folder, SPEC, f"torch 2.0 -> {facts['packages']['torch']}")
 
 
-def test_what_another_machine_computed_is_not_compared_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_another_machine_computed_is_not_compared_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kill(tmp_path, SPEC, 20)
     with monkeypatch.context() as patched:
         facts = environment.collect("", torch.device("cpu"))
-        patched.setattr(environment, "collect", lambda *arguments: {**facts, "processor": "another"})
+        patched.setattr(
+            environment, "collect", lambda *arguments: {**facts, "processor": "another"}
+        )
         folder = kill(tmp_path, SPEC, 60, save_up_to(20))
     alter(folder, 55)
     assert finish(folder, SPEC).status == "FINISHED"
@@ -669,15 +818,21 @@ def test_what_cant_change_a_bit_keeps_nothing_from_being_compared(tmp_path: Path
     began_with(folder, python="3.1", git_commit="abc", platform="Plan 9")
     assert "step 55" in str(finish(folder, SPEC, said).reason)
     assert said == [continued(folder, 50)]
-    [resumed] = [record for record in journal.read(folder.path / "journal")[0] if record.kind == "resume"]
-    changed = environment.differences(environment.facts(folder.environment), resumed.fields["environment"])
+    [resumed] = [
+        record for record in journal.read(folder.path / "journal")[0] if record.kind == "resume"
+    ]
+    changed = environment.differences(
+        environment.facts(folder.environment), resumed.fields["environment"]
+    )
     assert set(changed) == {"python", "git_commit", "platform"}
 
 
 # ---- stopped by signals and errors
 
 
-def outcome_of(root: Path, spec: specs.ExperimentSpec, watch: Watch, prepare: Callable[[], None] = save_always) -> dict[str, Any]:
+def outcome_of(
+    root: Path, spec: specs.ExperimentSpec, watch: Watch, prepare: Callable[[], None] = save_always
+) -> dict[str, Any]:
     """The outcome of a run in a process of its own."""
 
     def train() -> None:
@@ -699,7 +854,11 @@ def test_a_run_stopped_by_a_signal_is_killed_and_goes_on_later(
     number: signal.Signals, step: int, unbroken: Unbroken, tmp_path: Path
 ) -> None:
     outcome = outcome_of(tmp_path, SPEC, at_step(step, lambda: send(number)))
-    assert (outcome["status"], outcome["exit_code"], outcome["resumable"]) == ("KILLED", 128 + number, True)
+    assert (outcome["status"], outcome["exit_code"], outcome["resumable"]) == (
+        "KILLED",
+        128 + number,
+        True,
+    )
     assert outcome["reason"] == f"stopped by {number.name} after step {step}"
     folder, said = only(tmp_path), list[str]()
     last = journal.read(folder.path / "journal")[0][-1]
@@ -710,7 +869,9 @@ def test_a_run_stopped_by_a_signal_is_killed_and_goes_on_later(
     assert differences(folder, unbroken(SPEC)) == []
 
 
-def test_a_signal_leaves_a_checkpoint_of_all_that_was_trained(unbroken: Unbroken, tmp_path: Path) -> None:
+def test_a_signal_leaves_a_checkpoint_of_all_that_was_trained(
+    unbroken: Unbroken, tmp_path: Path
+) -> None:
     def signal_at_30() -> None:
         save_never()
         evaluate = engine.Engine.evaluate
@@ -729,11 +890,17 @@ def test_a_signal_leaves_a_checkpoint_of_all_that_was_trained(unbroken: Unbroken
     assert differences(folder, unbroken(SPEC)) == []
 
 
-def test_a_run_stopped_by_two_signals_ends_without_a_word_and_goes_on_later(unbroken: Unbroken, tmp_path: Path) -> None:
+def test_a_run_stopped_by_two_signals_ends_without_a_word_and_goes_on_later(
+    unbroken: Unbroken, tmp_path: Path
+) -> None:
     def train() -> None:
         save_always()
         try:
-            run(tmp_path, SPEC, watch=at_step(30, lambda: (send(signal.SIGINT), send(signal.SIGINT))))
+            run(
+                tmp_path,
+                SPEC,
+                watch=at_step(30, lambda: (send(signal.SIGINT), send(signal.SIGINT))),
+            )
         except KeyboardInterrupt:
             os._exit(130)
 
@@ -771,28 +938,41 @@ def test_a_run_that_a_full_disk_stopped_goes_on_later(
             outcome = run(root, LEAST)
         assert (outcome.status, outcome.exit_code, outcome.resumable) == ("FAILED", 3, True)
         assert "No space left on device" in str(outcome.reason)
-        assert ("how it ended could not be written" in str(outcome.unsynced)) == (times > 1 and outcome.unsynced != "--no-sync was given")
+        assert ("how it ended could not be written" in str(outcome.unsynced)) == (
+            times > 1 and outcome.unsynced != "--no-sync was given"
+        )
         folder = only(root)
         assert folder.resumable, moment
         finish(folder, LEAST)
         assert differences(folder, unbroken(LEAST)) == [], moment
 
 
-def test_a_run_that_a_full_disk_keeps_from_beginning_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_a_full_disk_keeps_from_beginning_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for moment in range(PAPERS):
         with monkeypatch.context() as patched:
             fail(patched, moment, times=1)
-            with pytest.raises(StoreError, match="mlruns: can't be written: No space left on device; mend that or set FMNIST_HOME"):
+            with pytest.raises(
+                StoreError,
+                match="mlruns: can't be written: No space left on device; mend that or set FMNIST_HOME",
+            ):
                 run(tmp_path, LEAST)
         assert list((tmp_path / "mlruns" / "state").iterdir()) == []
 
 
-def test_a_run_that_broke_by_a_fault_of_its_own_is_not_continued(unbroken: Unbroken, tmp_path: Path) -> None:
+def test_a_run_that_broke_by_a_fault_of_its_own_is_not_continued(
+    unbroken: Unbroken, tmp_path: Path
+) -> None:
     def fault() -> NoReturn:
         raise RuntimeError("a fault")
 
     outcome = run(tmp_path, SPEC, watch=at_step(30, fault))
-    assert (outcome.status, outcome.reason, outcome.resumable) == ("FAILED", "RuntimeError: a fault", False)
+    assert (outcome.status, outcome.reason, outcome.resumable) == (
+        "FAILED",
+        "RuntimeError: a fault",
+        False,
+    )
     broken = only(tmp_path)
     assert not broken.resumable
     said: list[str] = []
@@ -815,7 +995,9 @@ def test_a_run_killed_as_it_diverged_diverges_again(tmp_path: Path) -> None:
     def die_at_its_end() -> None:
         save_always()
         event = Journal.event
-        Journal.event = lambda self, kind, **fields: die() if kind == "end" else event(self, kind, **fields)
+        Journal.event = lambda self, kind, **fields: (
+            die() if kind == "end" else event(self, kind, **fields)
+        )
 
     def train() -> None:
         die_at_its_end()
@@ -838,7 +1020,11 @@ def test_a_fresh_run_gives_the_interrupted_one_up(unbroken: Unbroken, tmp_path: 
     outcome = run(tmp_path, SPEC, said, fresh=True)
     assert said == [f"giving up {folder.path.name}, which stopped at step 40"]
     last = journal.read(folder.path / "journal")[0][-1]
-    assert (last.kind, last.fields["status"], last.fields["reason"]) == ("end", "KILLED", "given up for a fresh run")
+    assert (last.kind, last.fields["status"], last.fields["reason"]) == (
+        "end",
+        "KILLED",
+        "given up for a fresh run",
+    )
     assert not folder.resumable
     assert not folder.running
     fresh = state_folders(tmp_path)[-1]
@@ -855,7 +1041,9 @@ def two_interrupted(root: Path) -> list[StateFolder]:
     return state_folders(root)
 
 
-def test_of_several_interrupted_runs_the_last_is_continued(unbroken: Unbroken, tmp_path: Path) -> None:
+def test_of_several_interrupted_runs_the_last_is_continued(
+    unbroken: Unbroken, tmp_path: Path
+) -> None:
     first, second = two_interrupted(tmp_path)
     finish(second, SPEC)
     assert (first.resumable, second.resumable) == (True, False)
@@ -864,7 +1052,9 @@ def test_of_several_interrupted_runs_the_last_is_continued(unbroken: Unbroken, t
         assert differences(folder, unbroken(SPEC)) == []
 
 
-def test_an_interrupted_run_is_continued_that_was_asked_for(unbroken: Unbroken, tmp_path: Path) -> None:
+def test_an_interrupted_run_is_continued_that_was_asked_for(
+    unbroken: Unbroken, tmp_path: Path
+) -> None:
     first, second = two_interrupted(tmp_path)
     assert run(tmp_path, SPEC, resume=first).key == first.path.name
     assert (first.resumable, second.resumable) == (False, True)
@@ -874,7 +1064,10 @@ def test_an_interrupted_run_is_continued_that_was_asked_for(unbroken: Unbroken, 
 def test_a_fresh_run_gives_all_interrupted_ones_up(tmp_path: Path) -> None:
     folders, said = two_interrupted(tmp_path), list[str]()
     run(tmp_path, SPEC, said, fresh=True)
-    assert said == [f"giving up {folder.path.name}, which stopped at step {step}" for folder, step in zip(folders, (20, 40), strict=True)]
+    assert said == [
+        f"giving up {folder.path.name}, which stopped at step {step}"
+        for folder, step in zip(folders, (20, 40), strict=True)
+    ]
     assert [folder.resumable for folder in folders] == [False, False]
 
 
@@ -884,7 +1077,10 @@ def test_an_interrupted_run_of_another_spec_is_left_alone(tmp_path: Path) -> Non
         assert run(tmp_path, experiment(seed=1), said, fresh=fresh).key != folder.path.name
     assert said == []
     assert folder.resumable
-    with pytest.raises(SpecError, match=f"^{folder.path.name} can't be continued with another spec: train\\.seed 0 there, 1 here$"):
+    with pytest.raises(
+        SpecError,
+        match=f"^{folder.path.name} can't be continued with another spec: train\\.seed 0 there, 1 here$",
+    ):
         run(tmp_path, experiment(seed=1), resume=folder)
 
 
@@ -898,7 +1094,9 @@ def test_beside_a_run_that_is_going_on_another_one_is_begun(tmp_path: Path) -> N
     folder, said = kill(tmp_path, SPEC, 40), list[str]()
     held = Journal.resume(folder)
     assert run(tmp_path, SPEC, said).key != folder.path.name
-    assert said == [f"{folder.path.name} has the same spec and is being trained by {folder.holder}; this is another run beside it"]
+    assert said == [
+        f"{folder.path.name} has the same spec and is being trained by {folder.holder}; this is another run beside it"
+    ]
     with pytest.raises(StoreError, match="is being trained by process"):
         run(tmp_path, SPEC, resume=folder)
     held.release()
@@ -923,7 +1121,9 @@ def test_a_run_whose_papers_are_lost_is_refused_in_one_line(name: str, tmp_path:
 # ---- mutants: what the comparisons above are worth
 
 
-def restored(change: Callable[[engine.Engine, dict[str, Any]], None]) -> Callable[[pytest.MonkeyPatch], None]:
+def restored(
+    change: Callable[[engine.Engine, dict[str, Any]], None],
+) -> Callable[[pytest.MonkeyPatch], None]:
     """Restoring a state, and then that."""
 
     def mutate(patched: pytest.MonkeyPatch) -> None:
@@ -961,7 +1161,11 @@ def append_again(patched: pytest.MonkeyPatch) -> None:
 
 
 def evaluate_again(patched: pytest.MonkeyPatch) -> None:
-    patched.setattr(Journal, "evaluation", lambda self, step, measured: self.event("evaluation", step=step, **measured))
+    patched.setattr(
+        Journal,
+        "evaluation",
+        lambda self, step, measured: self.event("evaluation", step=step, **measured),
+    )
 
 
 def forget_best(patched: pytest.MonkeyPatch) -> None:
@@ -1022,7 +1226,11 @@ def test_a_continuation_that_does_it_wrong_is_seen(
 
 
 def checkpoint_first(self: Training) -> None:
-    checkpoint.save(self.journal.folder, self.spec, {**self.engine.state(self.member), "best": self.best_weights})
+    checkpoint.save(
+        self.journal.folder,
+        self.spec,
+        {**self.engine.state(self.member), "best": self.best_weights},
+    )
     self.journal.flush()
 
 
@@ -1047,7 +1255,9 @@ def save_checkpoint_first() -> None:
     ],
     ids=["checkpoint before journal", "journal not flushed", "checkpoint not flushed"],
 )
-def test_a_checkpoint_that_a_power_loss_leaves_ahead_is_seen(mutate: Callable[[], None], message: str, tmp_path: Path) -> None:
+def test_a_checkpoint_that_a_power_loss_leaves_ahead_is_seen(
+    mutate: Callable[[], None], message: str, tmp_path: Path
+) -> None:
     def train(root: Path) -> None:
         mutate()
         train_few(root, LEAST)()
@@ -1064,12 +1274,22 @@ def artifacts(folder: StateFolder, to: Path) -> Path:
     for name in ("spec.yaml", "environment.json", "checkpoint.pt"):
         if (folder.path / name).exists():
             shutil.copy(folder.path / name, to / name)
-    journal.curves(folder.spec, journal.read(folder.path / "journal")[0]).to_parquet(to / "curves.parquet", index=False)
+    journal.curves(folder.spec, journal.read(folder.path / "journal")[0]).to_parquet(
+        to / "curves.parquet", index=False
+    )
     return to
 
 
-def extend(root: Path, origin: Path, epochs: int, said: list[str] | None = None, watch: Watch = lambda training: None) -> Outcome:
-    context = runner.Context(root, sync=False, say=print if said is None else said.append, watch=watch)
+def extend(
+    root: Path,
+    origin: Path,
+    epochs: int,
+    said: list[str] | None = None,
+    watch: Watch = lambda training: None,
+) -> Outcome:
+    context = runner.Context(
+        root, sync=False, say=print if said is None else said.append, watch=watch
+    )
     return runner.extend(origin, "0123abc", "small", epochs, context)
 
 
@@ -1077,7 +1297,9 @@ def lengthened(spec: specs.ExperimentSpec, epochs: int) -> specs.ExperimentSpec:
     return spec.model_copy(update={"train": spec.train.model_copy(update={"epochs": epochs})})
 
 
-PATIENT = specs.EarlyStopping(patience=4, metric="accuracy", min_delta=0.3)  # nothing later improves on step 17 by that, on any processor
+PATIENT = specs.EarlyStopping(
+    patience=4, metric="accuracy", min_delta=0.3
+)  # nothing later improves on step 17 by that, on any processor
 EXTENDED = {
     "momentum": SPEC,
     "adamw": RECIPES["adamw"],
@@ -1089,7 +1311,9 @@ EXTENDED = {
 
 
 @pytest.mark.parametrize("recipe", EXTENDED)
-def test_a_finished_run_trained_on_is_the_longer_run(recipe: str, unbroken: Unbroken, tmp_path: Path) -> None:
+def test_a_finished_run_trained_on_is_the_longer_run(
+    recipe: str, unbroken: Unbroken, tmp_path: Path
+) -> None:
     spec, said = EXTENDED[recipe], list[str]()
     assert run(tmp_path / "first", spec).status == "FINISHED"
     first = only(tmp_path / "first")
@@ -1105,7 +1329,10 @@ def test_a_finished_run_trained_on_is_the_longer_run(recipe: str, unbroken: Unbr
 
 def test_the_longer_runs_are_what_they_are_here_for(unbroken: Unbroken) -> None:
     evaluations = unbroken(lengthened(SPEC, 4))["evaluations"]
-    assert [json.loads(text.replace("None", "null"))[0] for text in evaluations] == [*range(0, 136, 10), 136]
+    assert [json.loads(text.replace("None", "null"))[0] for text in evaluations] == [
+        *range(0, 136, 10),
+        136,
+    ]
     stopped = unbroken(lengthened(EXTENDED["early stopping"], 4))
     assert 68 < stopped["step"] < 136
     assert "'best'" in str(stopped["results"])
@@ -1120,7 +1347,11 @@ def test_a_run_trained_on_twice_is_the_longer_run(unbroken: Unbroken, tmp_path: 
 
 def test_only_the_steps_beyond_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path / "first", SPEC)
-    found, train, first = artifacts(only(tmp_path / "first"), tmp_path / "artifacts"), engine.Engine.train, list[int]()
+    found, train, first = (
+        artifacts(only(tmp_path / "first"), tmp_path / "artifacts"),
+        engine.Engine.train,
+        list[int](),
+    )
 
     def noted(self: engine.Engine, stop: int) -> list[engine.Curves]:
         first.append(self.step + 1)
@@ -1139,7 +1370,9 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return artifacts(only(root), root / "artifacts")
 
 
-def test_a_run_that_was_killed_while_it_was_trained_on_goes_on(origin: Path, unbroken: Unbroken, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_while_it_was_trained_on_goes_on(
+    origin: Path, unbroken: Unbroken, tmp_path: Path
+) -> None:
     longer = lengthened(SPEC, 4)
     for step in (70, 100, 136):
         root, said = tmp_path / str(step), list[str]()
@@ -1170,10 +1403,13 @@ SCHEDULES = [specs.Cosine(), specs.Linear(warmup_steps=5), specs.OneCycle()]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=[schedule.type for schedule in SCHEDULES])
-def test_a_schedule_that_knows_its_end_is_not_trained_on(schedule: specs.Schedule, tmp_path: Path) -> None:
+def test_a_schedule_that_knows_its_end_is_not_trained_on(
+    schedule: specs.Schedule, tmp_path: Path
+) -> None:
     found = ended(tmp_path, experiment(schedule=schedule))
     with pytest.raises(
-        SpecError, match=rf"^run 0123abc can't be extended to 4 epochs: its schedule \({schedule.type}\) .*: --set train\.epochs=4$"
+        SpecError,
+        match=rf"^run 0123abc can't be extended to 4 epochs: its schedule \({schedule.type}\) .*: --set train\.epochs=4$",
     ):
         extend(tmp_path, found, 4)
     assert state_folders(tmp_path) == []
@@ -1181,13 +1417,20 @@ def test_a_schedule_that_knows_its_end_is_not_trained_on(schedule: specs.Schedul
 
 def test_a_schedule_is_refused_rightly(unbroken: Unbroken) -> None:
     for schedule in SCHEDULES:
-        short, long = (unbroken(experiment(schedule=schedule, epochs=epochs))["lr"] for epochs in (2, 4))
+        short, long = (
+            unbroken(experiment(schedule=schedule, epochs=epochs))["lr"] for epochs in (2, 4)
+        )
         assert not long.startswith(short)
 
 
 @pytest.mark.parametrize("epochs", [-1, 0, 1, 2])
-def test_a_run_is_not_trained_on_for_no_more_epochs(epochs: int, origin: Path, tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=f"^run 0123abc can't be extended to {epochs} epochs: it has 2 already; give more$"):
+def test_a_run_is_not_trained_on_for_no_more_epochs(
+    epochs: int, origin: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        SpecError,
+        match=f"^run 0123abc can't be extended to {epochs} epochs: it has 2 already; give more$",
+    ):
         extend(tmp_path, origin, epochs)
     assert state_folders(tmp_path) == []
 
@@ -1201,11 +1444,18 @@ def test_a_run_is_not_trained_on_for_more_epochs_than_a_spec_may_have(
 
 
 @pytest.mark.parametrize(
-    "spec", [STOPPING, experiment(stopping=specs.EarlyStopping(patience=50))], ids=["it stopped early", "it was evaluated at its end alone"]
+    "spec",
+    [STOPPING, experiment(stopping=specs.EarlyStopping(patience=50))],
+    ids=["it stopped early", "it was evaluated at its end alone"],
 )
-def test_a_run_that_early_stopping_ended_is_not_trained_on(spec: specs.ExperimentSpec, tmp_path: Path) -> None:
+def test_a_run_that_early_stopping_ended_is_not_trained_on(
+    spec: specs.ExperimentSpec, tmp_path: Path
+) -> None:
     found = ended(tmp_path, spec)
-    with pytest.raises(SpecError, match=r"^run 0123abc can't be extended to 4 epochs: early stopping ended it, or looked at its last step"):
+    with pytest.raises(
+        SpecError,
+        match=r"^run 0123abc can't be extended to 4 epochs: early stopping ended it, or looked at its last step",
+    ):
         extend(tmp_path, found, 4)
     assert state_folders(tmp_path) == []
 
@@ -1218,15 +1468,20 @@ def test_a_run_whose_checkpoint_is_damaged_is_not_trained_on(origin: Path, tmp_p
     found = copied(origin, tmp_path / "artifacts")
     spoil(found / "checkpoint.pt")
     with pytest.raises(
-        StoreError, match=r"^run 0123abc can't be extended to 4 epochs: .*checkpoint\.pt is damaged: its checksum does not fit$"
+        StoreError,
+        match=r"^run 0123abc can't be extended to 4 epochs: .*checkpoint\.pt is damaged: its checksum does not fit$",
     ):
         extend(tmp_path, found, 4)
     assert state_folders(tmp_path) == []
 
 
-def test_a_run_whose_checkpoint_is_another_specs_is_not_trained_on(origin: Path, tmp_path: Path) -> None:
+def test_a_run_whose_checkpoint_is_another_specs_is_not_trained_on(
+    origin: Path, tmp_path: Path
+) -> None:
     found = copied(origin, tmp_path / "artifacts")
-    shutil.copy(ended(tmp_path / "other", experiment(seed=1)) / "checkpoint.pt", found / "checkpoint.pt")
+    shutil.copy(
+        ended(tmp_path / "other", experiment(seed=1)) / "checkpoint.pt", found / "checkpoint.pt"
+    )
     with pytest.raises(StoreError, match=r"belongs to another spec: .*seed 1 there, 0 here$"):
         extend(tmp_path, found, 4)
     assert state_folders(tmp_path) == []
@@ -1246,7 +1501,9 @@ def verified(found: Path, steps: int | None = None) -> verify.Verification:
     return verify.verify(found, found, steps, lambda text: None)
 
 
-def assert_equal(found: Path, steps: int, evaluations: int, weights: bool, first: int | None = None) -> None:
+def assert_equal(
+    found: Path, steps: int, evaluations: int, weights: bool, first: int | None = None
+) -> None:
     assert verified(found, first) == verify.Verification(steps, evaluations, weights, [], {})
 
 
@@ -1265,15 +1522,24 @@ def test_an_honest_run_is_equal(origin: Path) -> None:
     assert_equal(origin, 68, 8, True, 1_000)
 
 
-@pytest.mark.parametrize(("steps", "evaluations", "weights"), [(1, 1, False), (9, 1, False), (10, 2, False), (25, 3, False), (68, 8, True)])
-def test_the_first_steps_of_an_honest_run_are_equal(steps: int, evaluations: int, weights: bool, origin: Path) -> None:
+@pytest.mark.parametrize(
+    ("steps", "evaluations", "weights"),
+    [(1, 1, False), (9, 1, False), (10, 2, False), (25, 3, False), (68, 8, True)],
+)
+def test_the_first_steps_of_an_honest_run_are_equal(
+    steps: int, evaluations: int, weights: bool, origin: Path
+) -> None:
     assert_equal(origin, steps, evaluations, weights, steps)
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "momentum"])
 def test_an_honest_run_of_any_recipe_is_equal(recipe: str, tmp_path: Path) -> None:
     found = verified(ended(tmp_path, RECIPES[recipe]))
-    assert (found.steps, found.weights, found.unequal) == (50 if recipe == "early stopping" else 68, True, [])
+    assert (found.steps, found.weights, found.unequal) == (
+        50 if recipe == "early stopping" else 68,
+        True,
+        [],
+    )
 
 
 def test_a_continued_run_and_one_trained_on_are_equal(origin: Path, tmp_path: Path) -> None:
@@ -1292,9 +1558,15 @@ def test_a_run_killed_before_it_was_evaluated_is_equal_up_to_where_it_came(tmp_p
     def die_before_the_evaluation_at_40() -> None:
         save_always()
         evaluation = Journal.evaluation
-        Journal.evaluation = lambda self, step, measured: die() if step == 40 else evaluation(self, step, measured)
+        Journal.evaluation = lambda self, step, measured: (
+            die() if step == 40 else evaluation(self, step, measured)
+        )
 
-    found = verified(artifacts(kill(tmp_path / "killed", SPEC, 99, die_before_the_evaluation_at_40), tmp_path / "saved"))
+    found = verified(
+        artifacts(
+            kill(tmp_path / "killed", SPEC, 99, die_before_the_evaluation_at_40), tmp_path / "saved"
+        )
+    )
     assert (found.steps, found.unequal) == (40, [])
 
 
@@ -1311,9 +1583,18 @@ def test_a_run_that_diverged_is_equal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("step", "column"),
-    [(1, "train/loss"), (33, "train/loss"), (33, "train/lr"), (68, "train/accuracy"), (0, "val/loss"), (60, "val/accuracy")],
+    [
+        (1, "train/loss"),
+        (33, "train/loss"),
+        (33, "train/lr"),
+        (68, "train/accuracy"),
+        (0, "val/loss"),
+        (60, "val/accuracy"),
+    ],
 )
-def test_one_altered_value_is_named_with_its_step(step: int, column: str, origin: Path, tmp_path: Path) -> None:
+def test_one_altered_value_is_named_with_its_step(
+    step: int, column: str, origin: Path, tmp_path: Path
+) -> None:
     found = copied(origin, tmp_path / "altered")
     change(found, step, column)
     [unequal] = verified(found).unequal
@@ -1329,7 +1610,12 @@ def test_several_altered_values_are_told_in_order(origin: Path, tmp_path: Path) 
     for step, column in ((60, "val/loss"), (35, "train/loss"), (33, "train/lr"), (5, "train/loss")):
         change(found, step, column)
     unequal = verified(found).unequal
-    assert [(one.step, one.key) for one in unequal] == [(5, "train/loss"), (33, "train/lr"), (35, "train/loss"), (60, "val/loss")]
+    assert [(one.step, one.key) for one in unequal] == [
+        (5, "train/loss"),
+        (33, "train/lr"),
+        (35, "train/loss"),
+        (60, "val/loss"),
+    ]
     assert verify.largest(unequal) == max(unequal, key=lambda one: abs(one.recorded - one.computed))
     gone = journal.Unequal(7, "train/loss", float("nan"), 1.0)
     assert verify.largest([*unequal, gone]) == gone
@@ -1363,12 +1649,16 @@ def test_altered_best_weights_are_told(tmp_path: Path) -> None:
     assert unequal.step == 20
 
 
-def test_a_damaged_or_another_checkpoint_is_refused_in_one_line(origin: Path, tmp_path: Path) -> None:
+def test_a_damaged_or_another_checkpoint_is_refused_in_one_line(
+    origin: Path, tmp_path: Path
+) -> None:
     found = copied(origin, tmp_path / "altered")
     spoil(found / "checkpoint.pt")
     with pytest.raises(StoreError, match=r"checkpoint\.pt is damaged: its checksum does not fit$"):
         verified(found)
-    shutil.copy(ended(tmp_path / "other", experiment(seed=1)) / "checkpoint.pt", found / "checkpoint.pt")
+    shutil.copy(
+        ended(tmp_path / "other", experiment(seed=1)) / "checkpoint.pt", found / "checkpoint.pt"
+    )
     with pytest.raises(StoreError, match=r"belongs to another spec: .*seed 1 there, 0 here$"):
         verified(found)
 

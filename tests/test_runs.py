@@ -29,9 +29,25 @@ class Recorded:
         self.home = home
         self.first = self._run("baseline", *SMALL)
         self.again = self._run("baseline", *SMALL)
-        stopping = ("-s", "train.early_stopping.patience=1", "-s", "train.early_stopping.min_delta=0.5", "-s", "tracking.log_every=7")
+        stopping = (
+            "-s",
+            "train.early_stopping.patience=1",
+            "-s",
+            "train.early_stopping.min_delta=0.5",
+            "-s",
+            "tracking.log_every=7",
+        )
         self.stopped = self._run("holdout", *SMALL, *stopping)
-        self.collapsed = self._run("lr-0.1", "-s", "optimizer.lr=1.0", *SMALL, "-s", "train.epochs=3", "-s", "train.batch_size=300")
+        self.collapsed = self._run(
+            "lr-0.1",
+            "-s",
+            "optimizer.lr=1.0",
+            *SMALL,
+            "-s",
+            "train.epochs=3",
+            "-s",
+            "train.batch_size=300",
+        )
         self.store = tracking.connect(home)
 
     def _run(self, *arguments: str) -> dict:
@@ -69,7 +85,9 @@ def test_every_step_is_in_the_store_bit_for_bit(recorded: Recorded, tmp_path: Pa
     for key in ("train/loss", "train/accuracy"):
         history = recorded.store.client.get_metric_history(recorded.first["run_id"], key)
         assert [point.step for point in history] == list(range(1, STEPS + 1))
-        assert np.array_equal([point.value for point in history], curves[key].dropna().to_numpy().astype(float))
+        assert np.array_equal(
+            [point.value for point in history], curves[key].dropna().to_numpy().astype(float)
+        )
     for key in ("val/loss", "val/accuracy", "epoch"):
         history = recorded.store.client.get_metric_history(recorded.first["run_id"], key)
         assert [point.step for point in history] == [0, 50, 100, 150, 200, STEPS]
@@ -81,27 +99,50 @@ def test_show_foretells_the_points(recorded: Recorded) -> None:
     with sqlite3.connect(tracking.database(recorded.home)) as connection:
         for run, arguments in (
             (recorded.first, ("baseline", *SMALL)),
-            (recorded.collapsed, ("lr-0.1", *SMALL, "-s", "train.epochs=3", "-s", "train.batch_size=300")),
+            (
+                recorded.collapsed,
+                ("lr-0.1", *SMALL, "-s", "train.epochs=3", "-s", "train.batch_size=300"),
+            ),
         ):
-            stored = connection.execute("SELECT count(*) FROM metrics WHERE run_uuid = ?", (run["run_id"],)).fetchone()[0]
-            foretold = json.loads(command(recorded.home, "show", *arguments, "--json").stdout)["plan"]["points_logged"]
+            stored = connection.execute(
+                "SELECT count(*) FROM metrics WHERE run_uuid = ?", (run["run_id"],)
+            ).fetchone()[0]
+            foretold = json.loads(command(recorded.home, "show", *arguments, "--json").stdout)[
+                "plan"
+            ]["points_logged"]
             assert stored == foretold
 
 
 def test_log_every_thins_mlflow_and_not_the_curves(recorded: Recorded, tmp_path: Path) -> None:
     history = recorded.store.client.get_metric_history(recorded.stopped["run_id"], "train/loss")
-    curves = pd.read_parquet(recorded.artifact(recorded.stopped, "curves.parquet", tmp_path)).set_index("step")
+    curves = pd.read_parquet(
+        recorded.artifact(recorded.stopped, "curves.parquet", tmp_path)
+    ).set_index("step")
     assert [point.step for point in history] == list(range(7, recorded.stopped["steps"] + 1, 7))
     assert len(curves) == recorded.stopped["steps"] + 1
-    assert [point.value for point in history] == [float(curves.loc[point.step, "train/loss"]) for point in history]
+    assert [point.value for point in history] == [
+        float(curves.loc[point.step, "train/loss"]) for point in history
+    ]
 
 
 def test_same_spec_and_seed_give_the_same_bits(recorded: Recorded, tmp_path: Path) -> None:
-    frames = [pd.read_parquet(recorded.artifact(run, "curves.parquet", tmp_path / run["key"])) for run in (recorded.first, recorded.again)]
-    columns = ["step", "epoch", "train/loss", "train/accuracy", "train/lr", "val/loss", "val/accuracy"]
+    frames = [
+        pd.read_parquet(recorded.artifact(run, "curves.parquet", tmp_path / run["key"]))
+        for run in (recorded.first, recorded.again)
+    ]
+    columns = [
+        "step",
+        "epoch",
+        "train/loss",
+        "train/accuracy",
+        "train/lr",
+        "val/loss",
+        "val/accuracy",
+    ]
     pd.testing.assert_frame_equal(frames[0][columns], frames[1][columns], check_exact=True)
     predictions = [
-        recorded.artifact(run, "predictions.parquet", tmp_path / run["key"]).read_bytes() for run in (recorded.first, recorded.again)
+        recorded.artifact(run, "predictions.parquet", tmp_path / run["key"]).read_bytes()
+        for run in (recorded.first, recorded.again)
     ]
     assert predictions[0] == predictions[1]
 
@@ -110,7 +151,9 @@ def test_parameters_and_tags_tell_what_was_run(recorded: Recorded) -> None:
     data = recorded.store.client.get_run(recorded.first["run_id"]).data
     spec = experiments.load("baseline", SMALL[1::2], recorded.home).spec
     assert data.params == {
-        key: "null" if value is None else str(value) for key, value in spec.flat().items() if key not in ("name", "question")
+        key: "null" if value is None else str(value)
+        for key, value in spec.flat().items()
+        if key not in ("name", "question")
     }
     expected = {
         "kind": "run",
@@ -122,8 +165,18 @@ def test_parameters_and_tags_tell_what_was_run(recorded: Recorded) -> None:
     }
     assert expected.items() <= data.tags.items()
     assert data.tags["run_key"] == recorded.first["key"]
-    assert set(data.tags) >= {"data_digest", "git_commit", "git_dirty", "device", "threads", "torch", "manifest_sha256"}
-    assert f"{recorded.first['metrics']['best/val_accuracy']:.4f}" in data.tags["mlflow.note.content"]
+    assert set(data.tags) >= {
+        "data_digest",
+        "git_commit",
+        "git_dirty",
+        "device",
+        "threads",
+        "torch",
+        "manifest_sha256",
+    }
+    assert (
+        f"{recorded.first['metrics']['best/val_accuracy']:.4f}" in data.tags["mlflow.note.content"]
+    )
 
 
 def test_datasets_are_linked(recorded: Recorded) -> None:
@@ -132,7 +185,10 @@ def test_datasets_are_linked(recorded: Recorded) -> None:
         assert all(len(entry.dataset.digest) == 36 for entry in inputs)
         return {entry.tags[0].value: entry.dataset.name for entry in inputs}
 
-    assert contexts(recorded.first) == {"train": "fashion-mnist-train-60000", "validation": "fashion-mnist-test"}
+    assert contexts(recorded.first) == {
+        "train": "fashion-mnist-train-60000",
+        "validation": "fashion-mnist-test",
+    }
     assert contexts(recorded.stopped) == {
         "train": "fashion-mnist-train-50000",
         "validation": "fashion-mnist-train-held-out",
@@ -158,7 +214,10 @@ def test_artifacts_are_whole(recorded: Recorded, tmp_path: Path) -> None:
     tag = recorded.store.client.get_run(recorded.first["run_id"]).data.tags["manifest_sha256"]
     assert hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest() == tag
     spec = experiments.parse((folder / "spec.yaml").read_text(), "spec.yaml")
-    assert spec.fingerprint == experiments.load("baseline", SMALL[1::2], recorded.home).spec.fingerprint
+    assert (
+        spec.fingerprint
+        == experiments.load("baseline", SMALL[1::2], recorded.home).spec.fingerprint
+    )
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["threads"] == 1
     assert {"torch", "mlflow", "pydantic"} <= set(environment["packages"])
@@ -170,9 +229,13 @@ def test_artifacts_are_whole(recorded: Recorded, tmp_path: Path) -> None:
 
 def test_predictions_give_the_logged_accuracy(recorded: Recorded, tmp_path: Path) -> None:
     for run in (recorded.first, recorded.stopped):
-        frame = pd.read_parquet(recorded.artifact(run, "predictions.parquet", tmp_path / run["key"]))
+        frame = pd.read_parquet(
+            recorded.artifact(run, "predictions.parquet", tmp_path / run["key"])
+        )
         right = frame.filter(like="logit_").to_numpy().argmax(1) == frame["label"].to_numpy()
-        by_split = {split: right[frame["split"] == split].mean() for split in frame["split"].unique()}
+        by_split = {
+            split: right[frame["split"] == split].mean() for split in frame["split"].unique()
+        }
         assert by_split["val"] == run["metrics"]["last/val_accuracy"]
         assert by_split.get("test") == run["metrics"].get("test/accuracy")
         assert (frame.groupby("split").size() == 10_000).all()
@@ -180,11 +243,18 @@ def test_predictions_give_the_logged_accuracy(recorded: Recorded, tmp_path: Path
 
 def test_early_stopping_restores_the_best_weights(recorded: Recorded) -> None:
     run = recorded.stopped
-    history = {point.step: point.value for point in recorded.store.client.get_metric_history(run["run_id"], "val/loss")}
+    history = {
+        point.step: point.value
+        for point in recorded.store.client.get_metric_history(run["run_id"], "val/loss")
+    }
     assert run["weights"] == "best"
-    assert run["stopped_early_at"] == max(history) < 2 * 100  # 50,000 images / 500 = 100 steps an epoch
+    assert (
+        run["stopped_early_at"] == max(history) < 2 * 100
+    )  # 50,000 images / 500 = 100 steps an epoch
     assert run["metrics"]["best/step"] < run["stopped_early_at"]
-    assert run["metrics"]["last/val_loss"] == pytest.approx(history[run["metrics"]["best/step"]], abs=1e-12)
+    assert run["metrics"]["last/val_loss"] == pytest.approx(
+        history[run["metrics"]["best/step"]], abs=1e-12
+    )
     assert recorded.store.client.get_run(run["run_id"]).data.tags["weights"] == "best"
 
 
@@ -206,14 +276,21 @@ def test_state_folders_go_when_their_runs_are_stored(recorded: Recorded) -> None
 def test_store_is_wal_and_has_statistics(recorded: Recorded) -> None:
     with sqlite3.connect(tracking.database(recorded.home)) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        assert connection.execute("SELECT count(*) FROM sqlite_stat1 WHERE tbl = 'metrics'").fetchone()[0] > 0
+        assert (
+            connection.execute(
+                "SELECT count(*) FROM sqlite_stat1 WHERE tbl = 'metrics'"
+            ).fetchone()[0]
+            > 0
+        )
 
 
 def test_report_draws_and_tells_the_differences(recorded: Recorded) -> None:
     result = command(recorded.home, "report", "--json")
     assert result.returncode == 0, result.stderr
     written = json.loads(result.stdout)
-    first = next(row for row in written["runs"] if row["run"].endswith(recorded.first["run_id"][:6]))
+    first = next(
+        row for row in written["runs"] if row["run"].endswith(recorded.first["run_id"][:6])
+    )
     assert set(first) == {
         "run", "data.holdout", "optimizer.lr", "train.epochs", "train.batch_size", "train.early_stopping", "train.early_stopping.metric",
         "train.early_stopping.min_delta", "train.early_stopping.patience", "tracking.log_every",
@@ -223,7 +300,11 @@ def test_report_draws_and_tells_the_differences(recorded: Recorded) -> None:
     assert {Path(file).name for file in written["files"]} == {
         *("learning_curves.png", "confusion_matrix.png", "runs.md", "report.html"),
         *("overlay.png", "overlay_epoch.png", "overlay_examples.png", "overlay_seconds.png"),
-        *("confusion_difference.png", "reliability.png", "reliability_2.png"),  # of two sets of validation images
+        *(
+            "confusion_difference.png",
+            "reliability.png",
+            "reliability_2.png",
+        ),  # of two sets of validation images
     }
     assert all(Path(file).stat().st_size > 0 for file in written["files"])
     assert any("validation was the test set" in note for note in written["notes"])
@@ -231,7 +312,10 @@ def test_report_draws_and_tells_the_differences(recorded: Recorded) -> None:
 
 
 def test_report_of_named_runs(recorded: Recorded, tmp_path: Path) -> None:
-    assert len(reports.write(recorded.store, tmp_path, [recorded.first["run_id"][:8], "holdout"]).rows) == 2
+    assert (
+        len(reports.write(recorded.store, tmp_path, [recorded.first["run_id"][:8], "holdout"]).rows)
+        == 2
+    )
     with pytest.raises(UserError, match="no run fits 'no-such-run'"):
         reports.write(recorded.store, tmp_path, ["no-such-run"])
 
@@ -246,7 +330,9 @@ def test_verify_finds_the_same_bits_and_names_what_differs(recorded: Recorded) -
     assert "60 steps, 2 evaluations trained again\nequal, bit for bit" in part.stdout
     several = command(recorded.home, "verify", "baseline")
     assert (several.returncode, len(several.stderr.splitlines())) == (2, 1)
-    one, other = (f"{run['run_id'][:8]} ({run['name']})" for run in (recorded.first, recorded.again))
+    one, other = (
+        f"{run['run_id'][:8]} ({run['name']})" for run in (recorded.first, recorded.again)
+    )
     assert f"fits 2 runs; give the id of one: {one}, {other}" in several.stderr
 
 
@@ -255,12 +341,26 @@ def test_extend_continues_a_finished_run_as_a_new_one(recorded: Recorded, tmp_pa
     result = command(recorded.home, "extend", recorded.first["run_id"], "--epochs", "3", "--json")
     longer = json.loads(result.stdout)
     try:
-        assert (longer["status"], longer["name"], longer["steps"]) == ("FINISHED", "baseline batch_size=500 eval_every=50 epochs=3", 360)
-        assert recorded.store.client.get_run(longer["run_id"]).data.tags["extends"] == recorded.first["run_id"]
-        frames = [recorded.store.curves(run["run_id"]).drop(columns="elapsed_s") for run in (recorded.first, longer)]
-        both = [frame[(frame["step"] <= STEPS) & (frame["step"] % 50 != STEPS % 50)] for frame in frames]
+        assert (longer["status"], longer["name"], longer["steps"]) == (
+            "FINISHED",
+            "baseline batch_size=500 eval_every=50 epochs=3",
+            360,
+        )
+        assert (
+            recorded.store.client.get_run(longer["run_id"]).data.tags["extends"]
+            == recorded.first["run_id"]
+        )
+        frames = [
+            recorded.store.curves(run["run_id"]).drop(columns="elapsed_s")
+            for run in (recorded.first, longer)
+        ]
+        both = [
+            frame[(frame["step"] <= STEPS) & (frame["step"] % 50 != STEPS % 50)] for frame in frames
+        ]
         pd.testing.assert_frame_equal(*both, check_exact=True)
-        assert pd.isna(frames[1].set_index("step")["val/loss"][STEPS])  # three epochs in one go aren't evaluated there
+        assert pd.isna(
+            frames[1].set_index("step")["val/loss"][STEPS]
+        )  # three epochs in one go aren't evaluated there
         history = recorded.store.client.get_metric_history(longer["run_id"], "train/loss")
         assert [point.step for point in history] == list(range(1, 361))
         times = [point.timestamp for point in history]

@@ -33,7 +33,11 @@ class Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"MLFLOW_TRACKING_URI": self.address, "MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": self.password}
+        return {
+            "MLFLOW_TRACKING_URI": self.address,
+            "MLFLOW_TRACKING_USERNAME": "admin",
+            "MLFLOW_TRACKING_PASSWORD": self.password,
+        }
 
 
 def as_postgres(*words: str) -> list[str]:
@@ -51,13 +55,39 @@ def databases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if os.getuid() == 0:
         shutil.chown(folder, "postgres")
     where = {"cwd": folder, "check": True, "stdout": subprocess.DEVNULL}
-    subprocess.run(as_postgres(str(tools / "initdb"), "-D", str(folder / "data"), "-A", "trust", "-U", "fmnist", "--no-sync"), **where)
+    subprocess.run(
+        as_postgres(
+            str(tools / "initdb"),
+            "-D",
+            str(folder / "data"),
+            "-A",
+            "trust",
+            "-U",
+            "fmnist",
+            "--no-sync",
+        ),
+        **where,
+    )
     options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c max_connections=200"
-    control = as_postgres(str(tools / "pg_ctl"), "-D", str(folder / "data"), "-l", str(folder / "log"), "-w")
+    control = as_postgres(
+        str(tools / "pg_ctl"), "-D", str(folder / "data"), "-l", str(folder / "log"), "-w"
+    )
     subprocess.run([*control, "-o", options, "start"], **where)
     try:
         for name in ("runs", "users"):
-            subprocess.run(as_postgres(str(tools / "createdb"), "-h", "127.0.0.1", "-p", str(port), "-U", "fmnist", name), **where)
+            subprocess.run(
+                as_postgres(
+                    str(tools / "createdb"),
+                    "-h",
+                    "127.0.0.1",
+                    "-p",
+                    str(port),
+                    "-U",
+                    "fmnist",
+                    name,
+                ),
+                **where,
+            )
         yield f"postgresql+psycopg://fmnist@127.0.0.1:{port}"
     finally:
         subprocess.run([*control, "-m", "immediate", "stop"], cwd=folder, stdout=subprocess.DEVNULL)
@@ -69,14 +99,20 @@ def s3() -> Iterator[str]:
     """An S3 server with the bucket `runs`."""
     port = free_port()
     server = subprocess.Popen(
-        [BIN / "moto_server", "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [BIN / "moto_server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     address = f"http://127.0.0.1:{port}"
     try:
         wait_for(lambda: answers(address))
         import boto3
 
-        keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
+        keys = {
+            "aws_access_key_id": "key",
+            "aws_secret_access_key": "secret",
+            "region_name": "us-east-1",
+        }
         boto3.client("s3", endpoint_url=address, **keys).create_bucket(Bucket="runs")
         yield address
     finally:
@@ -94,7 +130,11 @@ def answers(address: str) -> bool:
 
 @pytest.fixture(scope="module")
 def server(databases: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    password, port, log = secrets.token_hex(8), free_port(), tmp_path_factory.mktemp("server") / "log"
+    password, port, log = (
+        secrets.token_hex(8),
+        free_port(),
+        tmp_path_factory.mktemp("server") / "log",
+    )
     settings = {
         "DATABASE": f"{databases}/runs", "AUTH_DATABASE": f"{databases}/users", "BUCKET": "s3://runs", "ADMIN_PASSWORD": password,
         "SECRET_KEY": "x" * 32, "PORT": str(port), "MLFLOW_S3_ENDPOINT_URL": s3, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
@@ -102,10 +142,16 @@ def server(databases: str, s3: str, tmp_path_factory: pytest.TempPathFactory) ->
     }  # fmt: skip
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            [REPOSITORY / "deploy" / "server.sh"], env={**os.environ, **settings}, stdout=output, stderr=output, start_new_session=True
+            [REPOSITORY / "deploy" / "server.sh"],
+            env={**os.environ, **settings},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
     try:
-        wait_for(lambda: process.poll() is not None or answers(f"http://127.0.0.1:{port}/health"), 120)
+        wait_for(
+            lambda: process.poll() is not None or answers(f"http://127.0.0.1:{port}/health"), 120
+        )
         assert process.poll() is None, log.read_text()[-3000:]
         yield Server(f"http://127.0.0.1:{port}", password)
     finally:
@@ -123,7 +169,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def lay_out(home: Path, epochs: int = 1, batch: int = 500, every: int = 20) -> None:
-    (home / "experiments" / "tiny.yaml").write_text(TINY.format(epochs=epochs, batch=batch, every=every))
+    (home / "experiments" / "tiny.yaml").write_text(
+        TINY.format(epochs=epochs, batch=batch, every=every)
+    )
     (home / "experiments" / "sweeps" / "it.yaml").write_text(GRID)
 
 
@@ -139,10 +187,14 @@ def of_sweep(store: tracking.Store, home: Path) -> pd.DataFrame:
     runs = store.runs(status=None)
     if "t/fingerprint" not in runs:  # an empty store has no columns of tags
         return runs
-    return runs[runs["t/fingerprint"].isin([trial.fingerprint for trial in sweeps.load("it", home).grid()])]
+    return runs[
+        runs["t/fingerprint"].isin([trial.fingerprint for trial in sweeps.load("it", home).grid()])
+    ]
 
 
-def test_two_workers_against_a_server_store_every_point_and_are_compared(place: Path, there: Server) -> None:
+def test_two_workers_against_a_server_store_every_point_and_are_compared(
+    place: Path, there: Server
+) -> None:
     result = command(place, "sweep", "it", "--jobs", "2", "--json")
     assert result.returncode == 0, result.stderr
     store = tracking.connect(place)
@@ -161,10 +213,14 @@ def test_two_workers_against_a_server_store_every_point_and_are_compared(place: 
     reported = command(place, "report", "tiny lr=0.01", "tiny lr=0.05")
     assert reported.returncode == 0, reported.stderr
     assert (place / "reports" / "report.html").stat().st_size > 100_000
-    wait_for(lambda: not state.state_folders(place))  # each goes at the carrier's next look after its run was closed
+    wait_for(
+        lambda: not state.state_folders(place)
+    )  # each goes at the carrier's next look after its run was closed
 
 
-def test_a_wrong_password_is_told(place: Path, there: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_password_is_told(
+    place: Path, there: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
     result = command(place, "runs")
     assert (result.returncode, result.stdout) == (2, "")
@@ -177,17 +233,25 @@ def test_a_wrong_password_is_told(place: Path, there: Server, monkeypatch: pytes
     assert "no MLflow server can be used at" in result.stderr
 
 
-def test_a_local_store_moves_to_a_server(place: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_store_moves_to_a_server(
+    place: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for lr in ("0.02", "0.03"):
         result = command(place, "run", "tiny", "-s", f"optimizer.lr={lr}", "--seeds", "2")
         assert result.returncode == 0, result.stderr
-    assert command(place, "promote", tracking.connect(place).runs()["run_id"].iloc[0]).returncode == 0
-    login = {key: value for key, value in server.environment.items() if key != "MLFLOW_TRACKING_URI"}
+    assert (
+        command(place, "promote", tracking.connect(place).runs()["run_id"].iloc[0]).returncode == 0
+    )
+    login = {
+        key: value for key, value in server.environment.items() if key != "MLFLOW_TRACKING_URI"
+    }
     result = command(place, "sync", "--to", server.address, "--json", **login)
     assert result.returncode == 0, result.stderr
     moved = json.loads(result.stdout)["moved"]
     assert len(moved) == 4
-    assert all(run["problem"] is None and run["points"] > 200 and run["files"] >= 7 for run in moved)
+    assert all(
+        run["problem"] is None and run["points"] > 200 and run["files"] >= 7 for run in moved
+    )
     here = tracking.connect(place)
     for key, value in login.items():
         monkeypatch.setenv(key, value)
@@ -197,8 +261,14 @@ def test_a_local_store_moves_to_a_server(place: Path, server: Server, monkeypatc
         before, after = here.client.get_run(run_id), far.client.get_run(its)
         assert after.data.params == before.data.params
         assert after.data.metrics == before.data.metrics
-        assert (after.info.start_time, after.info.end_time, after.info.status) == (before.info.start_time, before.info.end_time, "FINISHED")
-        assert [i.dataset.digest for i in after.inputs.dataset_inputs] == [i.dataset.digest for i in before.inputs.dataset_inputs]
+        assert (after.info.start_time, after.info.end_time, after.info.status) == (
+            before.info.start_time,
+            before.info.end_time,
+            "FINISHED",
+        )
+        assert [i.dataset.digest for i in after.inputs.dataset_inputs] == [
+            i.dataset.digest for i in before.inputs.dataset_inputs
+        ]
         for key in ("train/loss", "val/accuracy"):
             points = [
                 [(p.step, p.value, p.timestamp) for p in store.client.get_metric_history(i, key)]
@@ -210,14 +280,20 @@ def test_a_local_store_moves_to_a_server(place: Path, server: Server, monkeypatc
     champion = far.champion()
     assert champion is not None
     assert champion.run_id == new[here.champion().run_id]  # type: ignore[union-attr]
-    groups = far.client.search_runs([e.experiment_id for e in far.client.search_experiments()], "tags.kind = 'group'")
+    groups = far.client.search_runs(
+        [e.experiment_id for e in far.client.search_experiments()], "tags.kind = 'group'"
+    )
     parents = {far.client.get_run(its).data.tags["mlflow.parentRunId"] for its in new.values()}
     assert parents <= {run.info.run_id for run in groups}
 
-    again = json.loads(command(place, "sync", "--to", server.address, "--json", **login).stdout)["moved"]
+    again = json.loads(command(place, "sync", "--to", server.address, "--json", **login).stdout)[
+        "moved"
+    ]
     assert {run["there"] for run in again} == set(new.values())
     far.client.delete_tag(new[moved[0]["run_id"]], moving.WHOLE)  # as if it had broken off
-    again = json.loads(command(place, "sync", "--to", server.address, "--json", **login).stdout)["moved"]
+    again = json.loads(command(place, "sync", "--to", server.address, "--json", **login).stdout)[
+        "moved"
+    ]
     assert len({run["there"] for run in again} - set(new.values())) == 1
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
@@ -244,7 +320,15 @@ def ray_node(*arguments: str, home: Path) -> Node:
     """A node of its own, as on another machine."""
     words = [BIN / "ray", "start", "--block", "--num-cpus=1", "--disable-usage-stats", *arguments]
     environment = {**os.environ, "FMNIST_HOME": str(home)}
-    return Node(subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True))
+    return Node(
+        subprocess.Popen(
+            words,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    )
 
 
 def listens(port: int) -> bool:
@@ -260,7 +344,9 @@ def end(node: Node) -> None:
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared-home", "homes-of-their-own"])
-def test_a_ray_cluster_that_loses_a_node_gives_what_this_machine_gives(shared: bool, place: Path, server: Server, tmp_path: Path) -> None:
+def test_a_ray_cluster_that_loses_a_node_gives_what_this_machine_gives(
+    shared: bool, place: Path, server: Server, tmp_path: Path
+) -> None:
     lay_out(place, epochs=4, batch=100, every=250)
     (tmp_path / "other").mkdir()
     other = place if shared else make_home(tmp_path / "other")
@@ -270,7 +356,15 @@ def test_a_ray_cluster_that_loses_a_node_gives_what_this_machine_gives(shared: b
     (place / "experiments" / "sweeps" / "it.yaml").write_text(grid)
     port = free_port()
     temporary = f"/tmp/fmnist-ray-{secrets.token_hex(3)}"  # sockets there must have short names
-    nodes = [ray_node("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={temporary}", home=place)]
+    nodes = [
+        ray_node(
+            "--head",
+            f"--port={port}",
+            "--include-dashboard=false",
+            f"--temp-dir={temporary}",
+            home=place,
+        )
+    ]
     try:
         wait_for(lambda: listens(port))
         time.sleep(3)
@@ -278,7 +372,17 @@ def test_a_ray_cluster_that_loses_a_node_gives_what_this_machine_gives(shared: b
         for key, value in server.environment.items():
             os.environ[key] = value
         try:
-            process = start("sweep", "it", "--on", "ray", "--address", f"127.0.0.1:{port}", "--jobs", "2", "--json")
+            process = start(
+                "sweep",
+                "it",
+                "--on",
+                "ray",
+                "--address",
+                f"127.0.0.1:{port}",
+                "--jobs",
+                "2",
+                "--json",
+            )
             store = tracking.connect(place)
             while len(of_sweep(store, place)) < 6 and process.poll() is None:
                 time.sleep(1)
@@ -293,7 +397,9 @@ def test_a_ray_cluster_that_loses_a_node_gives_what_this_machine_gives(shared: b
             assert (len(finished), finished["t/fingerprint"].is_unique) == (12, True)
             if shared:
                 assert len(runs) == 12  # the run that was lost was gone on with
-            frames = {run["t/fingerprint"]: store.curves(run["run_id"]) for _, run in finished.iterrows()}
+            frames = {
+                run["t/fingerprint"]: store.curves(run["run_id"]) for _, run in finished.iterrows()
+            }
         finally:
             for key in server.environment:
                 os.environ.pop(key, None)
@@ -312,14 +418,27 @@ def test_a_ray_cluster_that_loses_a_node_gives_what_this_machine_gives(shared: b
     for folder in folders:
         curves = journal.curves(folder.spec, journal.read(folder.path / "journal")[0])
         there = frames[folder.run["fingerprint"]]
-        pd.testing.assert_frame_equal(curves.drop(columns="elapsed_s"), there.drop(columns="elapsed_s"), check_exact=True)
+        pd.testing.assert_frame_equal(
+            curves.drop(columns="elapsed_s"), there.drop(columns="elapsed_s"), check_exact=True
+        )
 
 
 def test_a_cluster_that_is_not_there_is_told(place: Path, server: Server) -> None:
-    (place / "experiments" / "sweeps" / "it.yaml").write_text(GRID.replace("[0, 1, 2]", "[30]"))  # which the server has no run of
+    (place / "experiments" / "sweeps" / "it.yaml").write_text(
+        GRID.replace("[0, 1, 2]", "[30]")
+    )  # which the server has no run of
     result = command(place, "sweep", "it", "--on", "ray")
     assert (result.returncode, "set MLFLOW_TRACKING_URI" in result.stderr) == (2, True)
-    result = command(place, "sweep", "it", "--on", "ray", "--address", f"127.0.0.1:{free_port()}", **server.environment)
+    result = command(
+        place,
+        "sweep",
+        "it",
+        "--on",
+        "ray",
+        "--address",
+        f"127.0.0.1:{free_port()}",
+        **server.environment,
+    )
     assert result.returncode == 2
     assert "no cluster answers (" in result.stderr
     assert "Connection refused" in result.stderr

@@ -30,7 +30,9 @@ def test_no_sync_stays_on_disk_until_sync(fmnist: Fmnist, home: Path) -> None:
     synced = json.loads(fmnist("sync", "--json").stdout)["runs"]
     assert [(run["key"], run["status"]) for run in synced] == [(folder.path.name, "FINISHED")]
     assert "nothing to carry over" in fmnist("sync").stdout
-    pd.testing.assert_frame_equal(tracking.connect(home).curves(synced[0]["run_id"]), journalled, check_exact=True)
+    pd.testing.assert_frame_equal(
+        tracking.connect(home).curves(synced[0]["run_id"]), journalled, check_exact=True
+    )
 
 
 @pytest.mark.slow
@@ -60,7 +62,11 @@ def test_run_on_a_server(fmnist: Fmnist, home: Path, tmp_path: Path) -> None:
     environment = {**os.environ, **tracking.SETTINGS}
     with open(tmp_path / "server.log", "wb") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", *command, "--port", str(port), "--workers", "1"], env=environment, stdout=log, stderr=log, cwd=tmp_path
+            [sys.executable, "-m", *command, "--port", str(port), "--workers", "1"],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            cwd=tmp_path,
         )
     try:
         wait_for(lambda: answers(uri))
@@ -70,14 +76,23 @@ def test_run_on_a_server(fmnist: Fmnist, home: Path, tmp_path: Path) -> None:
         assert outcome["link"].startswith(f"{uri}/#/experiments/")
         assert not tracking.database(home).exists()
         report = json.loads(fmnist("report", "--json", MLFLOW_TRACKING_URI=uri).stdout)
-        assert [row["last val acc"] for row in report["runs"]] == [f"{outcome['metrics']['last/val_accuracy']:.4f}"]
+        assert [row["last val acc"] for row in report["runs"]] == [
+            f"{outcome['metrics']['last/val_accuracy']:.4f}"
+        ]
         assert fmnist(*SMALL, "--no-sync", MLFLOW_TRACKING_URI=with_password).returncode == 0
     finally:
         server.terminate()
         server.wait()
-    said = fmnist("sync", MLFLOW_TRACKING_URI=with_password)  # the server is gone: every error may name its address
+    said = fmnist(
+        "sync", MLFLOW_TRACKING_URI=with_password
+    )  # the server is gone: every error may name its address
     assert said.returncode != 0
-    written = [path for folder in (home / "mlruns", tmp_path / "kept") for path in folder.rglob("*") if path.is_file()]
+    written = [
+        path
+        for folder in (home / "mlruns", tmp_path / "kept")
+        for path in folder.rglob("*")
+        if path.is_file()
+    ]
     texts = [path.read_bytes() for path in [*written, tmp_path / "server.db"]]
     texts += [text.encode() for text in (result.stdout, result.stderr, said.stdout, said.stderr)]
     assert len(texts) > 10
@@ -134,11 +149,17 @@ def test_a_carrier_killed_before_it_noted_what_it_sent_doubles_nothing(
     killed = sidecar.Carrier(folder, store)
     killed._open()
     records, _ = journal.read(folder.path / "journal")
-    store.log_points(killed.run_id, (point for record in records for point in journal.points(folder.spec, record)))
+    store.log_points(
+        killed.run_id,
+        (point for record in records for point in journal.points(folder.spec, record)),
+    )
     if mutant:  # new time stamps on replay: the store takes such points for others
 
         def later(spec: specs.ExperimentSpec, record: journal.Record) -> Iterator[journal.Point]:
-            return (dataclasses.replace(point, timestamp_ms=point.timestamp_ms + 1) for point in journal.points(spec, record))
+            return (
+                dataclasses.replace(point, timestamp_ms=point.timestamp_ms + 1)
+                for point in journal.points(spec, record)
+            )
 
         monkeypatch.setattr(sidecar, "points", later)
     carrier = sidecar.Carrier(folder, store)
@@ -151,7 +172,9 @@ def test_a_carrier_killed_before_it_noted_what_it_sent_doubles_nothing(
 
 
 @pytest.mark.slow
-def test_a_store_that_is_deleted_is_made_anew_with_the_whole_run(fmnist: Fmnist, home: Path, with_store: None) -> None:
+def test_a_store_that_is_deleted_is_made_anew_with_the_whole_run(
+    fmnist: Fmnist, home: Path, with_store: None
+) -> None:
     process = start(*LONG, "-s", "train.epochs=5", "--json")
     wait_for(lambda: trained(home) >= 1000 and state.state_folders(home)[0].carried.get("offset"))
     for path in (home / "mlruns").glob("mlflow.db*"):
@@ -170,7 +193,9 @@ def test_a_carrier_leaves_a_run_alone_that_is_continued_while_it_looks(
     path = folder.path / "journal"
     records, _ = journal.read(path)
     kept = next(index for index, record in enumerate(records) if record.kind == "final")
-    path.write_bytes(path.read_bytes()[: journal_end(path, kept)])  # as if killed before it had its results
+    path.write_bytes(
+        path.read_bytes()[: journal_end(path, kept)]
+    )  # as if killed before it had its results
     folder.note(run_id="0" * 32, offset=path.stat().st_size, closed="KILLED")
     taken: list[state.Journal] = []
     running = state.StateFolder.running
@@ -188,4 +213,6 @@ def test_a_carrier_leaves_a_run_alone_that_is_continued_while_it_looks(
 
 def journal_end(path: Path, records: int) -> int:
     """Where this many records end."""
-    return next(end for end in range(path.stat().st_size) if len(journal.read(path, end=end)[0]) == records)
+    return next(
+        end for end in range(path.stat().st_size) if len(journal.read(path, end=end)[0]) == records
+    )

@@ -73,7 +73,11 @@ def artifacts_of(recorded: Recorded, home: Path) -> Path:
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def refused(action: Callable[[], object]) -> str:
@@ -90,21 +94,33 @@ def refused(action: Callable[[], object]) -> str:
 
 def locations(home: Path) -> set[str]:
     """Every artifact path that the database holds."""
-    columns = ("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location")
+    columns = (
+        ("experiments", "artifact_location"),
+        ("runs", "artifact_uri"),
+        ("logged_models", "artifact_location"),
+    )
     columns += (("model_versions", "storage_location"),)
     with sqlite(home) as connection:
-        return {value for table, column in columns for (value,) in connection.execute(f"SELECT {column} FROM {table}")}
+        return {
+            value
+            for table, column in columns
+            for (value,) in connection.execute(f"SELECT {column} FROM {table}")
+        }
 
 
 @pytest.mark.parametrize("copied", [False, True], ids=["moved", "copied"])
-def test_a_store_works_where_its_folder_is_now(copied: bool, recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_works_where_its_folder_is_now(
+    copied: bool, recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import mlflow
     from mlflow.tracking._tracking_service import utils as mlflow_utils
 
     before = recorded.copy(tmp_path / "before")
     old = tracking.connect(before)
     identity = old.identity()
-    monkeypatch.setattr(mlflow_utils, "_tracking_uri", tracking.uri(before))  # the registry looks there for the model
+    monkeypatch.setattr(
+        mlflow_utils, "_tracking_uri", tracking.uri(before)
+    )  # the registry looks there for the model
     old.client.create_registered_model("best")
     old.client.create_model_version("best", f"models:/{recorded.model_id}", recorded.run_id)
     foreign = {
@@ -128,9 +144,13 @@ def test_a_store_works_where_its_folder_is_now(copied: bool, recorded: Recorded,
     store.artifacts(recorded.run_id, names, tmp_path / "got")
     assert store.curves(recorded.run_id)["step"].tolist() == list(range(61))
     ours = locations(here) - foreign
-    assert len(ours) == 4  # the default experiment's, ours, the run's, the model's; and the registered version's is the model's
+    assert (
+        len(ours) == 4
+    )  # the default experiment's, ours, the run's, the model's; and the registered version's is the model's
     artifacts = here / "mlruns" / "artifacts"
-    assert all(location.startswith((f"{artifacts}/", f"{artifacts.as_uri()}/")) for location in ours)
+    assert all(
+        location.startswith((f"{artifacts}/", f"{artifacts.as_uri()}/")) for location in ours
+    )
     assert foreign <= locations(here)
     for experiment in (store.experiment("fashion-mnist"), store.experiment("another"), "0"):
         run_id = store.client.create_run(experiment).info.run_id
@@ -143,7 +163,10 @@ def test_a_store_works_where_its_folder_is_now(copied: bool, recorded: Recorded,
     for uri in (f"models:/{recorded.model_id}", "models:/best/1"):
         assert mlflow.pyfunc.load_model(uri).predict(images).shape == (3, 10)
     if copied:
-        assert all(str(before) in location for location in locations(before) - foreign - {"s3://bucket/mlruns/artifacts/theirs"})
+        assert all(
+            str(before) in location
+            for location in locations(before) - foreign - {"s3://bucket/mlruns/artifacts/theirs"}
+        )
     assert (before / "mlruns" / "artifacts").exists() is False
 
 
@@ -156,7 +179,9 @@ def test_opening_what_was_not_moved_writes_nothing(recorded: Recorded, place: Pa
         assert connection.execute("PRAGMA data_version").fetchall() == version
 
 
-def test_a_store_that_lost_its_default_experiment_can_be_moved(recorded: Recorded, tmp_path: Path) -> None:
+def test_a_store_that_lost_its_default_experiment_can_be_moved(
+    recorded: Recorded, tmp_path: Path
+) -> None:
     here = recorded.copy(tmp_path / "with a space")
     with sqlite(here) as connection:
         connection.execute("DELETE FROM experiments WHERE experiment_id = 0")  # as `mlflow gc` does
@@ -175,7 +200,9 @@ def test_report_of_a_moved_folder(recorded: Recorded, place: Path) -> None:
 def test_a_folder_whose_name_would_lead_sqlalchemy_elsewhere_is_refused(tmp_path: Path) -> None:
     for name in ("what?", "50%25"):
         (tmp_path / name).mkdir()
-        assert "rename the folder" in refused(lambda name=name: tracking.connect(tmp_path / name, create=True))
+        assert "rename the folder" in refused(
+            lambda name=name: tracking.connect(tmp_path / name, create=True)
+        )
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["50%25", "what?"]
 
 
@@ -217,7 +244,10 @@ def damage_deep(database: Path) -> None:
 NEWER = execute("UPDATE alembic_version SET version_num = 'f00f00f00f00'")
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "newer": (NEWER, "newer MLflow"),
-    "newer, a table gone": (execute("UPDATE alembic_version SET version_num = 'f00f00f00f00'; DROP TABLE webhooks"), "newer MLflow"),
+    "newer, a table gone": (
+        execute("UPDATE alembic_version SET version_num = 'f00f00f00f00'; DROP TABLE webhooks"),
+        "newer MLflow",
+    ),
     "older": (before_the_last_migration, "mlflow db upgrade"),
     "no database": (lambda path: path.write_text("hello\n" * 1000), "not a database"),
     "empty": (lambda path: path.write_bytes(b""), "restore the file"),
@@ -230,7 +260,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_database_of_no_use_is_told_in_one_line_and_left_as_it_is(fault: str, place: Path) -> None:
+def test_a_database_of_no_use_is_told_in_one_line_and_left_as_it_is(
+    fault: str, place: Path
+) -> None:
     change, told = FAULTS[fault]
     database = tracking.database(place)
     change(database)
@@ -253,7 +285,9 @@ def test_damage_further_in_is_told_in_one_line(recorded: Recorded, place: Path) 
 def test_the_remedy_for_an_older_store_works(place: Path) -> None:
     before_the_last_migration(tracking.database(place))
     text = refused(lambda: tracking.connect(place))
-    subprocess.run(shlex.split(text.partition("then: ")[2]), check=True, capture_output=True, cwd=place)
+    subprocess.run(
+        shlex.split(text.partition("then: ")[2]), check=True, capture_output=True, cwd=place
+    )
     assert tracking.connect(place).runs().empty
 
 
@@ -261,7 +295,12 @@ def test_the_remedy_for_an_older_store_works(place: Path) -> None:
 def test_commands_tell_it_in_one_line(fault: str, place: Path) -> None:
     FAULTS[fault][0](tracking.database(place))
     processes = [
-        subprocess.Popen([sys.executable, "-m", "fmnist", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-m", "fmnist", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for arguments in (["report"], ["ui", "--port", str(free_port())])
     ]
     for process in processes:
@@ -292,7 +331,9 @@ for home in map(Path, sys.argv[1:]):
 
 
 def test_a_store_that_may_not_be_written_is_told_in_one_line(recorded: Recorded) -> None:
-    parent = Path(tempfile.mkdtemp(prefix="fmnist-readonly-"))  # pytest's own folders are closed to other users
+    parent = Path(
+        tempfile.mkdtemp(prefix="fmnist-readonly-")
+    )  # pytest's own folders are closed to other users
     parent.chmod(0o755)
     used: list[sqlite3.Connection] = []
 
@@ -310,14 +351,19 @@ def test_a_store_that_may_not_be_written_is_told_in_one_line(recorded: Recorded)
         "database": lambda mlruns: (mlruns / "mlflow.db").chmod(0o444),
         "database-in-use": use_and_close,
         "unreadable": lambda mlruns: (mlruns / "mlflow.db").chmod(0o000),
-        "beside": lambda mlruns: ((mlruns / "mlflow.db-wal").touch(mode=0o444), (mlruns / "mlflow.db-shm").touch(mode=0o444)),
+        "beside": lambda mlruns: (
+            (mlruns / "mlflow.db-wal").touch(mode=0o444),
+            (mlruns / "mlflow.db-shm").touch(mode=0o444),
+        ),
         "closed": lambda mlruns: mlruns.chmod(0o000),
     }
     try:
         for name, close in closed.items():
             mlruns = recorded.copy(parent / name) / "mlruns"
             with sqlite(parent / name) as connection:
-                database._relocate(connection, mlruns / "artifacts")  # else every one of them would have to be written to
+                database._relocate(
+                    connection, mlruns / "artifacts"
+                )  # else every one of them would have to be written to
             for suffix in ("-wal", "-shm"):
                 Path(f"{mlruns}/mlflow.db{suffix}").unlink(missing_ok=True)
             for path in [mlruns, *mlruns.rglob("*")]:
@@ -325,10 +371,14 @@ def test_a_store_that_may_not_be_written_is_told_in_one_line(recorded: Recorded)
             close(mlruns)
         arguments = [sys.executable, "-c", AS_NOBODY, *(str(parent / name) for name in closed)]
         environment = {**os.environ, "HOME": str(parent)}
-        result = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=parent)
+        result = subprocess.run(
+            arguments, capture_output=True, text=True, env=environment, cwd=parent
+        )
         assert result.returncode == 0, result.stderr
         lines = result.stdout.splitlines()
-        assert [line.split()[0] for line in lines] == [name for name in closed if name != "open" for _ in range(2)]
+        assert [line.split()[0] for line in lines] == [
+            name for name in closed if name != "open" for _ in range(2)
+        ]
         assert all("make mlruns/ writable for you" in line for line in lines)
     finally:
         used[0].close()
@@ -340,7 +390,9 @@ def test_a_store_that_may_not_be_written_is_told_in_one_line(recorded: Recorded)
 # ---- deleted and replaced
 
 
-def test_a_deleted_or_replaced_database_is_noticed_and_made_anew(recorded: Recorded, place: Path, tmp_path: Path) -> None:
+def test_a_deleted_or_replaced_database_is_noticed_and_made_anew(
+    recorded: Recorded, place: Path, tmp_path: Path
+) -> None:
     first = tracking.connect(place)
     assert not first.stale
     for number in range(50):
@@ -352,7 +404,10 @@ def test_a_deleted_or_replaced_database_is_noticed_and_made_anew(recorded: Recor
     second = tracking.connect(place, create=True)
     assert first.stale
     assert not second.stale
-    assert second.identity() not in ("", first_identity := tracking.connect(recorded.home).identity())
+    assert second.identity() not in (
+        "",
+        first_identity := tracking.connect(recorded.home).identity(),
+    )
     assert second.runs(status=None).empty
     with sqlite(place) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
@@ -376,7 +431,9 @@ def test_a_server_is_never_stale(place: Path, monkeypatch: pytest.MonkeyPatch) -
     assert store.stale is False
 
 
-def test_statistics_of_a_deleted_database_leave_no_empty_one(recorded: Recorded, place: Path) -> None:
+def test_statistics_of_a_deleted_database_leave_no_empty_one(
+    recorded: Recorded, place: Path
+) -> None:
     store = tracking.connect(place)
     tracking.database(place).unlink()
     with contextlib.suppress(Exception):
@@ -405,7 +462,15 @@ def test_reopen(recorded: Recorded, place: Path) -> None:
 def test_a_run_deleted_meanwhile_is_found_and_left_alone(recorded: Recorded, place: Path) -> None:
     store = tracking.connect(place)
     spec = experiments.load("baseline", ["train.seed=7"], place).spec
-    arguments = (store.experiment("fashion-mnist"), "a-key", "name", 1, spec, {"kind": "run"}, "0" * 64)
+    arguments = (
+        store.experiment("fashion-mnist"),
+        "a-key",
+        "name",
+        1,
+        spec,
+        {"kind": "run"},
+        "0" * 64,
+    )
     run_id = store.create_run(*arguments)
     assert store.create_run(*arguments) == run_id
     assert store.client.get_run(run_id).data.params["train.seed"] == "7"
@@ -430,7 +495,16 @@ def test_a_model_begun_and_not_ended_is_made_whole_by_the_next_attempt(
     experiment = store.experiment("fashion-mnist")
     run_id = store.client.create_run(experiment, tags={"kind": "run"}).info.run_id
     spec = experiments.load("holdout", root=place).spec
-    arguments = (run_id, Module(), np.zeros((2, 28, 28), "uint8"), 3, {"last/val_loss": 0.5, "test/loss": 0.6}, 1, spec, "0" * 64)
+    arguments = (
+        run_id,
+        Module(),
+        np.zeros((2, 28, 28), "uint8"),
+        3,
+        {"last/val_loss": 0.5, "test/loss": 0.6},
+        1,
+        spec,
+        "0" * 64,
+    )
     with monkeypatch.context() as patch:
         patch.setattr(tracking, "save_model", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -439,7 +513,9 @@ def test_a_model_begun_and_not_ended_is_made_whole_by_the_next_attempt(
     store.log_model(*arguments)
     (model,) = store.client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
     assert model.status == "READY"
-    assert [output.model_id for output in store.client.get_run(run_id).outputs.model_outputs] == [model.model_id]
+    assert [output.model_id for output in store.client.get_run(run_id).outputs.model_outputs] == [
+        model.model_id
+    ]
     found = store.client.get_logged_model(model.model_id).metrics
     assert sorted((metric.key, metric.value, metric.dataset_name) for metric in found) == [
         ("last/val_loss", 0.5, "fashion-mnist-train-held-out"), ("test/loss", 0.6, "fashion-mnist-test"),
@@ -453,19 +529,33 @@ def positions(size: int) -> list[int]:
     return sorted({int(position) for position in np.linspace(0, size - 1, 20)})
 
 
-def test_no_damaged_artifact_is_taken_for_right(recorded: Recorded, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_damaged_artifact_is_taken_for_right(
+    recorded: Recorded, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store, folder, got = tracking.connect(place), artifacts_of(recorded, place), tmp_path / "got"
     whole = files_below(folder)
-    assert {"spec.yaml", "curves.parquet", "checkpoint.pt", "figures/learning_curves.png", "manifest.json"} <= set(whole)
+    assert {
+        "spec.yaml",
+        "curves.parquet",
+        "checkpoint.pt",
+        "figures/learning_curves.png",
+        "manifest.json",
+    } <= set(whole)
 
     for name, content in whole.items():
         wanted = ["spec.yaml"] if name == "manifest.json" else [name]
         damaged = [content[:position] for position in positions(len(content))]
-        damaged += [content[:p] + bytes([content[p] ^ 1 << p % 8]) + content[p + 1 :] for p in positions(len(content))]
+        damaged += [
+            content[:p] + bytes([content[p] ^ 1 << p % 8]) + content[p + 1 :]
+            for p in positions(len(content))
+        ]
         for changed in damaged:
             (folder / name).write_bytes(changed)
             text = refused(lambda wanted=wanted: store.artifacts(recorded.run_id, wanted, got))
-            assert f"run {recorded.run_id}: {name} is not as it was recorded, and not usable; restore it or train again" in text
+            assert (
+                f"run {recorded.run_id}: {name} is not as it was recorded, and not usable; restore it or train again"
+                in text
+            )
         (folder / name).unlink()
         text = refused(lambda wanted=wanted: store.artifacts(recorded.run_id, wanted, got))
         assert f"run {recorded.run_id}: {name} can't be read: " in text
@@ -476,29 +566,43 @@ def test_no_damaged_artifact_is_taken_for_right(recorded: Recorded, place: Path,
     assert files_below(got) == whole
 
 
-def test_manifest_and_artifact_changed_together_are_noticed(recorded: Recorded, place: Path, tmp_path: Path) -> None:
+def test_manifest_and_artifact_changed_together_are_noticed(
+    recorded: Recorded, place: Path, tmp_path: Path
+) -> None:
     store, folder = tracking.connect(place), artifacts_of(recorded, place)
     manifest = json.loads((folder / "manifest.json").read_bytes())
     (folder / "spec.yaml").write_text("name: mine\n")
     manifest["spec.yaml"] = hashlib.sha256(b"name: mine\n").hexdigest()
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    assert "manifest.json is not as it was recorded" in refused(lambda: store.artifacts(recorded.run_id, ["spec.yaml"], tmp_path / "got"))
+    assert "manifest.json is not as it was recorded" in refused(
+        lambda: store.artifacts(recorded.run_id, ["spec.yaml"], tmp_path / "got")
+    )
 
 
-def test_what_the_manifest_does_not_name_is_refused(recorded: Recorded, place: Path, tmp_path: Path) -> None:
+def test_what_the_manifest_does_not_name_is_refused(
+    recorded: Recorded, place: Path, tmp_path: Path
+) -> None:
     store = tracking.connect(place)
     (artifacts_of(recorded, place) / "extra.txt").write_text("x")
     for name in ("extra.txt", "figures", "../fashion-mnist", "/etc/hostname", "..", ""):
-        refused(lambda name=name: store.artifacts(recorded.run_id, ["spec.yaml", name], tmp_path / "got"))
+        refused(
+            lambda name=name: store.artifacts(
+                recorded.run_id, ["spec.yaml", name], tmp_path / "got"
+            )
+        )
     refused(lambda: store.artifacts("0" * 32, ["spec.yaml"], tmp_path / "got"))
     assert not (tmp_path / "got").exists()
 
 
-def test_curves_are_verified_and_a_run_without_a_manifest_has_none(recorded: Recorded, place: Path) -> None:
+def test_curves_are_verified_and_a_run_without_a_manifest_has_none(
+    recorded: Recorded, place: Path
+) -> None:
     store, path = tracking.connect(place), artifacts_of(recorded, place) / "curves.parquet"
     content = path.read_bytes()
     path.write_bytes(content[:-500] + bytes([content[-500] ^ 1]) + content[-499:])
-    assert "curves.parquet is not as it was recorded" in refused(lambda: store.curves(recorded.run_id))
+    assert "curves.parquet is not as it was recorded" in refused(
+        lambda: store.curves(recorded.run_id)
+    )
     path.write_bytes(content)
     assert len(store.curves(recorded.run_id)) == 61
     store.client.delete_tag(recorded.run_id, "manifest_sha256")
@@ -518,16 +622,31 @@ class Foreign(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, names: list[str], is_dir: bool = False, artifact_uri: str = f"mlflow-artifacts:/1/{RUN}/artifacts") -> None:
+    def __init__(
+        self,
+        names: list[str],
+        is_dir: bool = False,
+        artifact_uri: str = f"mlflow-artifacts:/1/{RUN}/artifacts",
+    ) -> None:
         self.names, self.is_dir, self.artifact_uri, self.page = names, is_dir, artifact_uri, b""
-        self.manifest = json.dumps({name: hashlib.sha256(EVIL).hexdigest() for name in names}).encode()
+        self.manifest = json.dumps(
+            {name: hashlib.sha256(EVIL).hexdigest() for name in names}
+        ).encode()
         super().__init__(("127.0.0.1", 0), Answer)
 
     @property
     def run(self) -> dict:
-        info = {"run_id": RUN, "run_uuid": RUN, "experiment_id": "1", "status": "FINISHED", "lifecycle_stage": "active"}
+        info = {
+            "run_id": RUN,
+            "run_uuid": RUN,
+            "experiment_id": "1",
+            "status": "FINISHED",
+            "lifecycle_stage": "active",
+        }
         tags = [{"key": "manifest_sha256", "value": hashlib.sha256(self.manifest).hexdigest()}]
-        return {"run": {"info": {**info, "artifact_uri": self.artifact_uri}, "data": {"tags": tags}}}
+        return {
+            "run": {"info": {**info, "artifact_uri": self.artifact_uri}, "data": {"tags": tags}}
+        }
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -540,7 +659,16 @@ class Answer(BaseHTTPRequestHandler):
             self.answer(json.dumps(self.server.run).encode())
         elif url.path.endswith("/mlflow-artifacts/artifacts"):
             files = [] if listing and listing[0].endswith("manifest.json") else self.server.names
-            self.answer(json.dumps({"files": [{"path": name, "is_dir": self.server.is_dir, "file_size": 4} for name in files]}).encode())
+            self.answer(
+                json.dumps(
+                    {
+                        "files": [
+                            {"path": name, "is_dir": self.server.is_dir, "file_size": 4}
+                            for name in files
+                        ]
+                    }
+                ).encode()
+            )
         elif "/mlflow-artifacts/artifacts/" in url.path:
             self.answer(self.server.manifest if url.path.endswith("manifest.json") else EVIL)
         else:
@@ -560,7 +688,9 @@ class Answer(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving(server: Foreign, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tracking.Store]:
+def serving(
+    server: Foreign, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tracking.Store]:
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
     try:
@@ -570,23 +700,43 @@ def serving(server: Foreign, home: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         server.server_close()
 
 
-def test_the_foreign_server_is_believed_where_it_means_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_foreign_server_is_believed_where_it_means_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with serving(Foreign(["fair.txt"]), tmp_path, monkeypatch) as store:
         assert files_below(store.download(RUN, "figures", tmp_path / "got")) == {"fair.txt": EVIL}
     server = Foreign(["fair.txt"])
     with serving(server, tmp_path, monkeypatch) as store:
         server.names = []
         store.artifacts(RUN, ["fair.txt"], tmp_path / "verified")
-    assert files_below(tmp_path / "verified") == {"fair.txt": EVIL, "manifest.json": server.manifest}
+    assert files_below(tmp_path / "verified") == {
+        "fair.txt": EVIL,
+        "manifest.json": server.manifest,
+    }
 
 
-def test_no_name_from_a_server_leads_outside_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_name_from_a_server_leads_outside_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     monkeypatch.chdir(outside)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    names = ["../../evil.txt", "../evil.txt", "figures/../../../evil.txt", f"{outside}/evil.txt", f"file://{outside}/evil.txt", "/evil.txt"]
-    names += ["%2e%2e/%2e%2e/evil.txt", "..%2f..%2fevil.txt", "%252e%252e/%252e%252e/evil.txt", "..", "x/../../.."]
+    names = [
+        "../../evil.txt",
+        "../evil.txt",
+        "figures/../../../evil.txt",
+        f"{outside}/evil.txt",
+        f"file://{outside}/evil.txt",
+        "/evil.txt",
+    ]
+    names += [
+        "%2e%2e/%2e%2e/evil.txt",
+        "..%2f..%2fevil.txt",
+        "%252e%252e/%252e%252e/evil.txt",
+        "..",
+        "x/../../..",
+    ]
     for is_dir in (False, True):
         for number, name in enumerate(names):
             (tmp_path / "temporary").mkdir()
@@ -602,7 +752,9 @@ def test_no_name_from_a_server_leads_outside_the_folder(tmp_path: Path, monkeypa
             assert not list(tmp_path.rglob("evil*")), name
 
 
-def test_no_name_leads_outside_the_folder_even_if_mlflow_took_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_name_leads_outside_the_folder_even_if_mlflow_took_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def take(_: tracking.Store, __: str, name: str, into: Path) -> Path:
         (into / "taken").write_bytes(server.manifest if name == "manifest.json" else EVIL)
         return into / "taken"
@@ -615,7 +767,9 @@ def test_no_name_leads_outside_the_folder_even_if_mlflow_took_it(tmp_path: Path,
     assert not files_below(tmp_path)
 
 
-def test_nonsense_from_a_server_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nonsense_from_a_server_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for uri in ("s3://bucket/x", "ftp://127.0.0.1:9/x", "nonsense://x", ""):
         with serving(Foreign(["fair.txt"], artifact_uri=uri), tmp_path, monkeypatch) as store:
             refused(lambda: store.download(RUN, "figures", tmp_path / "got"))
@@ -673,17 +827,34 @@ def put_bait_in_sample_inputs(archive: Path, bait: bytes) -> None:
     changed.replace(archive)
 
 
-def test_a_model_that_would_unpickle_code_is_refused(recorded: Recorded, place: Path, tmp_path: Path) -> None:
+def test_a_model_that_would_unpickle_code_is_refused(
+    recorded: Recorded, place: Path, tmp_path: Path
+) -> None:
     import mlflow.pytorch
     import torch
 
     store, folder = tracking.connect(place), tmp_path / "sprung"
     bait = pickle.dumps(Bait(folder))
-    model = place / "mlruns" / "artifacts" / "fashion-mnist" / "models" / recorded.model_id / "artifacts"
+    model = (
+        place
+        / "mlruns"
+        / "artifacts"
+        / "fashion-mnist"
+        / "models"
+        / recorded.model_id
+        / "artifacts"
+    )
     put_bait_in_sample_inputs(model / "data" / "model.pt2", bait)
-    mlflow.pytorch.save_model(torch.nn.Linear(1, 1), tmp_path / "pickled", serialization_format="pickle", pip_requirements=[])
+    mlflow.pytorch.save_model(
+        torch.nn.Linear(1, 1),
+        tmp_path / "pickled",
+        serialization_format="pickle",
+        pip_requirements=[],
+    )
     (tmp_path / "pickled" / "data" / "model.pth").write_bytes(bait)
-    pickled = store.client.create_logged_model(store.experiment("fashion-mnist"), "pickled").model_id
+    pickled = store.client.create_logged_model(
+        store.experiment("fashion-mnist"), "pickled"
+    ).model_id
     store.client.log_model_artifacts(pickled, str(tmp_path / "pickled"))
     store.client.finalize_logged_model(pickled, "READY")
     uris = [f"models:/{recorded.model_id}", f"models:/{pickled}"]
@@ -691,7 +862,9 @@ def test_a_model_that_would_unpickle_code_is_refused(recorded: Recorded, place: 
 
     def load(**settings: str) -> dict[str, tuple[str, bool]]:
         arguments = [sys.executable, "-c", LOAD, str(folder), *uris]
-        result = subprocess.run(arguments, capture_output=True, text=True, env={**environment, **settings}, cwd=tmp_path)
+        result = subprocess.run(
+            arguments, capture_output=True, text=True, env={**environment, **settings}, cwd=tmp_path
+        )
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout)
 
@@ -700,4 +873,6 @@ def test_a_model_that_would_unpickle_code_is_refused(recorded: Recorded, place: 
         assert not sprung, name
     unprotected = load(MLFLOW_ALLOW_PICKLE_DESERIALIZATION="true")
     assert len(unprotected) == 4
-    assert all(sprung for _, sprung in unprotected.values()), unprotected  # else the bait proves nothing
+    assert all(sprung for _, sprung in unprotected.values()), (
+        unprotected
+    )  # else the bait proves nothing

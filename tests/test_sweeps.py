@@ -58,15 +58,25 @@ def test_editors_know_sweeps(name: str) -> None:
 
 def test_a_grid_is_every_combination_with_every_seed(home: Path) -> None:
     trials = load(home, GRID).grid()
-    found = [(t.resolved.spec.train.seed, t.resolved.spec.optimizer.lr, t.resolved.spec.model.hidden) for t in trials]
-    assert found == [(seed, lr, hidden) for seed in (0, 5) for lr in (0.003, 0.01) for hidden in ((32,), (64, 32))]
+    found = [
+        (t.resolved.spec.train.seed, t.resolved.spec.optimizer.lr, t.resolved.spec.model.hidden)
+        for t in trials
+    ]
+    assert found == [
+        (seed, lr, hidden)
+        for seed in (0, 5)
+        for lr in (0.003, 0.01)
+        for hidden in ((32,), (64, 32))
+    ]
     assert [trial.number for trial in trials] == list(range(8))
     assert trials[3].name == "holdout lr=0.01 hidden=[64, 32] s0"
 
 
 def test_a_trial_is_the_run_that_the_same_overrides_give(home: Path) -> None:
     trial = load(home, GRID).grid()[-1]
-    alone = experiments.load("holdout", ["optimizer.lr=0.01", "model.hidden=[64, 32]", "train.seed=5"], home)
+    alone = experiments.load(
+        "holdout", ["optimizer.lr=0.01", "model.hidden=[64, 32]", "train.seed=5"], home
+    )
     assert trial.fingerprint == alone.spec.fingerprint
     assert trial.resolved.spec.tracking.log_every == 10
     settings = "--set optimizer.lr=0.01 --set 'model.hidden=[64, 32]' --set train.seed=5 --set tracking.log_every=10"
@@ -80,7 +90,9 @@ def test_points_that_are_the_same_run_are_one_trial(home: Path) -> None:
 
 
 def test_log_every_is_the_bases_where_that_says_it(home: Path) -> None:
-    (home / "experiments" / "dense.yaml").write_text("extends: holdout\ntracking:\n  log_every: 2\n")
+    (home / "experiments" / "dense.yaml").write_text(
+        "extends: holdout\ntracking:\n  log_every: 2\n"
+    )
     [trial] = load(home, "base: dense\ngrid:\n  optimizer.lr: [0.01]\n").grid()
     assert trial.resolved.spec.tracking.log_every == 2
 
@@ -197,7 +209,9 @@ def test_showing_a_search_writes_nothing(fmnist: Fmnist, home: Path) -> None:
     assert [trial.settings for trial in copy.open()] == [first.settings]
     copy.tell(first.number, Result("finished", "", 0.5))
     assert [trial.name for trial, _ in copy.settled()] == [first.name]
-    assert [row["name"] for row in json.loads(fmnist("show", "it", "--json").stdout)["trials"]] == [first.name]
+    assert [row["name"] for row in json.loads(fmnist("show", "it", "--json").stdout)["trials"]] == [
+        first.name
+    ]
     assert (home / "mlruns" / "searches.db").read_bytes() == before
     assert study.settled() == []
 
@@ -220,7 +234,9 @@ def test_a_trial_that_is_far_below_the_others_is_pruned(home: Path) -> None:
 
 def test_importances_find_the_field_that_matters(home: Path) -> None:
     sweep = load(home, SEARCH.format(sampler="random", trials=30))
-    results = [(trial.settings, 0.5 + float(trial.settings["optimizer.lr"])) for trial in ask_all(sweep)]
+    results = [
+        (trial.settings, 0.5 + float(trial.settings["optimizer.lr"])) for trial in ask_all(sweep)
+    ]
     found = search.importances(sweep, results)
     assert max(found, key=lambda path: found[path]) == "optimizer.lr"
     assert sum(found.values()) == pytest.approx(1)

@@ -43,12 +43,17 @@ def is_whole(expected):
 
 
 def build(expected):
-    interpreter = getattr(sys, "_base_executable", sys.executable)  # an activated .venv is about to be removed
+    interpreter = getattr(
+        sys, "_base_executable", sys.executable
+    )  # an activated .venv is about to be removed
     if VENV.exists():
         shutil.rmtree(VENV)
     free_gb = shutil.disk_usage(ROOT).free / 1e9
     if free_gb < NEEDED_GB:
-        stop("%.1f GB are free in %s, about %d GB are needed: free some space and run the same command again" % (free_gb, ROOT, NEEDED_GB))
+        stop(
+            "%.1f GB are free in %s, about %d GB are needed: free some space and run the same command again"
+            % (free_gb, ROOT, NEEDED_GB)
+        )
     print("Building %s from %s (once; some 6 GB, a few minutes) ..." % (NAME, LOCK), flush=True)
     python = str(VENV / "bin" / "python")
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
@@ -71,7 +76,10 @@ def build(expected):
 
 def main():
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
-        stop("Python %d.%d is not supported, only 3.11, 3.12 and 3.13: name one, as in `make PYTHON=python3.12 ...`" % sys.version_info[:2])
+        stop(
+            "Python %d.%d is not supported, only 3.11, 3.12 and 3.13: name one, as in `make PYTHON=python3.12 ...`"
+            % sys.version_info[:2]
+        )
     expected = fingerprint()
     if is_whole(expected):
         return

@@ -20,26 +20,41 @@ def file_schema() -> dict[str, Any]:
             return [loosen(item) for item in node]
         if not isinstance(node, dict):
             return node
-        node = {key: loosen(value) for key, value in node.items() if key not in ("required", "discriminator")}
+        node = {
+            key: loosen(value)
+            for key, value in node.items()
+            if key not in ("required", "discriminator")
+        }
         if "oneOf" in node:  # without its type a fragment may fit several variants
             node["anyOf"] = node.pop("oneOf")
         return node
 
     schema = loosen(schema)
     schema["title"] = "fmnist experiment"
-    extends = {"type": "string", "title": "Extends", "description": "Name of the experiment whose values this file starts from."}
+    extends = {
+        "type": "string",
+        "title": "Extends",
+        "description": "Name of the experiment whose values this file starts from.",
+    }
     schema["properties"] = {"extends": extends, **schema["properties"]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def sweep_schema() -> dict[str, Any]:
     """JSON Schema of a sweep file."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **SweepSpec.model_json_schema(), "title": "fmnist sweep"}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **SweepSpec.model_json_schema(),
+        "title": "fmnist sweep",
+    }
 
 
 def main() -> None:
     stale = []
-    for path, schema in ((EXPERIMENTS / "schema.json", file_schema()), (EXPERIMENTS / "sweeps" / "schema.json", sweep_schema())):
+    for path, schema in (
+        (EXPERIMENTS / "schema.json", file_schema()),
+        (EXPERIMENTS / "sweeps" / "schema.json", sweep_schema()),
+    ):
         text = json.dumps(schema, indent=2) + "\n"
         if not path.exists() or path.read_text() != text:
             path.write_text(text)

@@ -41,7 +41,14 @@ def arrays(train: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def network() -> nn.Sequential:
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(784, 300),
+        nn.ReLU(),
+        nn.Linear(300, 100),
+        nn.ReLU(),
+        nn.Linear(100, 10),
+    )
 
 
 def log_model(model: nn.Module) -> None:
@@ -51,4 +58,12 @@ def log_model(model: nn.Module) -> None:
 
 def finish(began: float, steps: int, accuracy: float) -> None:
     """Say what the training alone took, its evaluations and logging included, and how good its model is."""
-    json.dump({"training_s": time.perf_counter() - began, "steps": steps, "accuracy": accuracy, "torch": torch.__version__}, sys.stdout)
+    json.dump(
+        {
+            "training_s": time.perf_counter() - began,
+            "steps": steps,
+            "accuracy": accuracy,
+            "torch": torch.__version__,
+        },
+        sys.stdout,
+    )

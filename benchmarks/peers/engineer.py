@@ -15,14 +15,20 @@ def main() -> None:
     images, labels = map(torch.from_numpy, common.arrays(train=True))
     test_images, test_labels = map(torch.from_numpy, common.arrays(train=False))
     model = common.network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=common.LR, momentum=common.MOMENTUM, fused=True)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=common.LR, momentum=common.MOMENTUM, fused=True
+    )
     client, run = mlflow.MlflowClient(), mlflow.start_run()
     losses, accuracies, step = [], [], 0
     began, accuracy = time.perf_counter(), 0.0
 
     def log(values: dict[str, list[float]], steps: range) -> None:
         now = int(time.time() * 1000)
-        metrics = [Metric(key, value, now, s) for key, series in values.items() for s, value in zip(steps, series, strict=True)]
+        metrics = [
+            Metric(key, value, now, s)
+            for key, series in values.items()
+            for s, value in zip(steps, series, strict=True)
+        ]
         for start in range(0, len(metrics), 1_000):
             client.log_batch(run.info.run_id, metrics=metrics[start : start + 1_000])
 
@@ -30,11 +36,23 @@ def main() -> None:
         with torch.no_grad():
             logits = model(test_images)
         found = (logits.argmax(1) == test_labels).float().mean().item()
-        log({"val/loss": [functional.cross_entropy(logits, test_labels).item()], "val/accuracy": [found]}, range(step, step + 1))
+        log(
+            {
+                "val/loss": [functional.cross_entropy(logits, test_labels).item()],
+                "val/accuracy": [found],
+            },
+            range(step, step + 1),
+        )
         if losses:
             every = slice(given.log_every - 1, None, given.log_every)
             steps = range(step - len(losses) + 1, step + 1)[every]
-            log({"train/loss": torch.stack(losses).tolist()[every], "train/accuracy": torch.stack(accuracies).tolist()[every]}, steps)
+            log(
+                {
+                    "train/loss": torch.stack(losses).tolist()[every],
+                    "train/accuracy": torch.stack(accuracies).tolist()[every],
+                },
+                steps,
+            )
             losses.clear()
             accuracies.clear()
         return found

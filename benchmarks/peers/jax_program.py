@@ -20,7 +20,10 @@ def initial(seed: int) -> Any:
     keys = jax.random.split(jax.random.key(seed), len(WIDTHS) - 1)
     bounds = [inputs**-0.5 for inputs in WIDTHS[:-1]]
     parameters = [
-        (jax.random.uniform(key, (i, o), minval=-bound, maxval=bound), jax.random.uniform(key, (o,), minval=-bound, maxval=bound))
+        (
+            jax.random.uniform(key, (i, o), minval=-bound, maxval=bound),
+            jax.random.uniform(key, (o,), minval=-bound, maxval=bound),
+        )
         for key, i, o, bound in zip(keys, WIDTHS[:-1], WIDTHS[1:], bounds, strict=True)
     ]
     return parameters, jax.tree.map(jnp.zeros_like, parameters)
@@ -40,7 +43,9 @@ def segment(state: Any, rows: Any, images: Any, labels: Any) -> Any:
 
     def step(state: Any, batch: Any) -> Any:
         parameters, velocities = state
-        measured, gradients = jax.value_and_grad(loss_and_accuracy, has_aux=True)(parameters, images[batch], labels[batch])
+        measured, gradients = jax.value_and_grad(loss_and_accuracy, has_aux=True)(
+            parameters, images[batch], labels[batch]
+        )
         velocities = jax.tree.map(lambda v, g: MOMENTUM * v + g, velocities, gradients)
         return (jax.tree.map(lambda p, v: p - LR * v, parameters, velocities), velocities), measured
 
@@ -56,7 +61,9 @@ def trainer(split: Any) -> Callable[[int], None]:
     def train(steps: int) -> None:
         nonlocal state
         for _ in range(0, steps, 500):
-            rows = jnp.asarray(generator.permutation(len(labels))[: 500 * BATCH].reshape(500, BATCH))
+            rows = jnp.asarray(
+                generator.permutation(len(labels))[: 500 * BATCH].reshape(500, BATCH)
+            )
             state, (loss, _) = program(state, rows, images, labels)
         loss.block_until_ready()
 
@@ -74,12 +81,18 @@ def main() -> None:
 
     def log(first: int, series: dict[str, Any]) -> None:
         now = int(time.time() * 1000)
-        metrics = [Metric(key, float(v), now, first + s) for key, values in series.items() for s, v in enumerate(np.atleast_1d(values))]
+        metrics = [
+            Metric(key, float(v), now, first + s)
+            for key, values in series.items()
+            for s, v in enumerate(np.atleast_1d(values))
+        ]
         for start in range(0, len(metrics), 1_000):
             client.log_batch(run.info.run_id, metrics=metrics[start : start + 1_000])
 
     epochs = -(-given.steps * BATCH // len(labels))
-    order = np.concatenate([generator.permutation(len(labels)) for _ in range(epochs)])[: given.steps * BATCH].reshape(-1, BATCH)
+    order = np.concatenate([generator.permutation(len(labels)) for _ in range(epochs)])[
+        : given.steps * BATCH
+    ].reshape(-1, BATCH)
     loss, accuracy = evaluate(state[0], *test)
     log(0, {"val/loss": loss, "val/accuracy": accuracy})
     for start in range(0, given.steps, SEGMENT):

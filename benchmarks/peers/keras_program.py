@@ -43,17 +43,24 @@ def main() -> None:
     per_epoch = -(-len(images) // common.BATCH)
     with mlflow.start_run():
         every = (
-            {"log_every_epoch": True} if given.log_every >= per_epoch else {"log_every_epoch": False, "log_every_n_steps": given.log_every}
+            {"log_every_epoch": True}
+            if given.log_every >= per_epoch
+            else {"log_every_epoch": False, "log_every_n_steps": given.log_every}
         )
         began = time.perf_counter()
         if given.steps < per_epoch:
-            images, labels = images[: given.steps * common.BATCH], labels[: given.steps * common.BATCH]
+            images, labels = (
+                images[: given.steps * common.BATCH],
+                labels[: given.steps * common.BATCH],
+            )
         history = model.fit(
             images, labels, batch_size=common.BATCH, epochs=-(-given.steps // per_epoch), validation_data=validation, verbose=0,
             callbacks=[mlflow.keras.MlflowCallback(**every), Stop(given.steps)],
         )  # fmt: skip
         common.finish(began, given.steps, history.history["val_accuracy"][-1])
-        mlflow.keras.log_model(model, name="model", pip_requirements=[f"keras=={keras.__version__}"])
+        mlflow.keras.log_model(
+            model, name="model", pip_requirements=[f"keras=={keras.__version__}"]
+        )
 
 
 if __name__ == "__main__":

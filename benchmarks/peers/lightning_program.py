@@ -49,7 +49,9 @@ def main() -> None:
     )  # fmt: skip
     model, began = Classifier(), time.perf_counter()
     trainer.fit(model, train, validation)
-    common.finish(began, trainer.global_step, float(trainer.callback_metrics.get("val/accuracy", 0.0)))
+    common.finish(
+        began, trainer.global_step, float(trainer.callback_metrics.get("val/accuracy", 0.0))
+    )
     with mlflow.start_run(run_id=logger.run_id):
         common.log_model(model.network)
 

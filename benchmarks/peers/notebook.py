@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader
 
 
 @torch.no_grad()
-def evaluating(model: nn.Module, loader: DataLoader, loss_function: nn.Module) -> tuple[float, float]:
+def evaluating(
+    model: nn.Module, loader: DataLoader, loss_function: nn.Module
+) -> tuple[float, float]:
     losses, predicted, true = [], [], []
     for images, labels in loader:
         logits = model(images)
@@ -48,7 +50,12 @@ def main() -> None:
             batch_loss = loss_function(logits, labels)
             batch_loss.backward()
             optimizer.step()
-            record.append((batch_loss.item(), float(accuracy_score(labels.numpy(), logits.argmax(axis=-1).numpy()))))
+            record.append(
+                (
+                    batch_loss.item(),
+                    float(accuracy_score(labels.numpy(), logits.argmax(axis=-1).numpy())),
+                )
+            )
             step += 1
             if not given.no_logging:
                 mlflow.log_metric("train/loss", record[-1][0], step=step)

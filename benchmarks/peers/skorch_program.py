@@ -27,7 +27,9 @@ def main() -> None:
         )  # fmt: skip
         began = time.perf_counter()
         net.fit(images, labels)
-        common.finish(began, min(given.steps, per_epoch * net.max_epochs), float(net.history[-1, "valid_acc"]))
+        common.finish(
+            began, min(given.steps, per_epoch * net.max_epochs), float(net.history[-1, "valid_acc"])
+        )
         common.log_model(net.module_)
 
 
