@@ -4,7 +4,7 @@ EXP ?= baseline
 PORT ?= 5000
 FMNIST := .venv/bin/fmnist
 .DEFAULT_GOAL := help
-.PHONY: help setup data run sweep show list ui serve compare report sync doctor test test-slow test-browser test-services check bench bench-step bench-scaling bench-record soak lock clean
+.PHONY: help setup data run sweep show list ui serve compare report sync doctor test test-slow test-browser test-services check bench bench-step bench-gpu bench-scaling bench-record soak lock clean
 
 help:  ## print the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -70,6 +70,9 @@ bench: .venv-bench  ## the whole job by this package and by what one would use i
 
 bench-step: .venv-bench  ## a step on one core beside autograd, compilation, JAX and its own matrix products; some minutes
 	@.venv-bench/bin/python benchmarks/step.py
+
+bench-gpu: data  ## on a CUDA device: its tests, the step and its kernels, whole runs, stacks, JAX on the same card; some minutes
+	@PYTHONPATH=. .venv/bin/python benchmarks/gpu.py
 
 bench-scaling: data  ## how cost grows with epochs, runs and workers; an hour
 	@.venv/bin/python benchmarks/scaling.py

@@ -1,12 +1,14 @@
-"""The training engine: steps, evaluation, state in and out; the only file that knows threads and devices.
+"""The training engine: steps, evaluation, state in and out.
 
 Shapes: S steps of a segment, K models, B batch, N images, P = 784 pixels, C = 10 classes.
 """
 
 import contextlib
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +17,15 @@ from torch.nn import functional
 
 from fmnist import data, model, optim
 from fmnist import spec as specs
+from fmnist.capture import CaptureError, Chunks, CudaGraphs, Recorder, Steps, upload
 from fmnist.errors import SpecError
 
+if TYPE_CHECKING:
+    from fmnist.fused import FusedMLP
+
+log = logging.getLogger(__name__)
 EVALUATION_BATCH = 1_000
+"""Images that a CPU evaluates at once: their layers stay in its cache."""
 PIECE = 80_000
 """Parameters, at most, of the first layer that a CPU updates at once: 0.6 MB with their velocity, which its cache holds (benchmarks/step.py)."""
 CUDA_STACK = 64
@@ -44,17 +52,50 @@ class Evaluation:
 def device(compute: specs.Compute, precision: str = "float32") -> torch.device:
     """The device a spec asks for, with the thread count set; raises SpecError where there is none that can do it."""
     torch.set_num_threads(compute.threads)
-    if compute.device == "cuda" and not torch.cuda.is_available():
+    if compute.device != "cpu" and torch.cuda.is_available():
+        return _cuda_device(compute.device)
+    if compute.device not in ("cpu", "auto"):
         raise SpecError(
-            "compute.device: cuda was asked for and this machine has no usable CUDA device; give cpu or auto"
+            f"compute.device: {compute.device} was asked for and this machine has no usable CUDA device"
+            f" ({why_no_cuda()}); give cpu or auto"
         )
-    if compute.device == "cpu" or not torch.cuda.is_available():
-        if precision == "tf32":
-            raise SpecError(
-                "train.precision: tf32 is an arithmetic of CUDA devices and this run is on the CPU; give float32 or bf16"
-            )
-        return torch.device("cpu")
-    return torch.device("cuda")
+    if precision == "tf32":
+        raise SpecError(
+            "train.precision: tf32 is an arithmetic of CUDA devices and this run is on the CPU;"
+            " give float32 or bf16"
+        )
+    return torch.device("cpu")
+
+
+def _cuda_device(asked: str) -> torch.device:
+    """A CUDA device, of which the same operations give the same bits each time; `auto` is the process's current one."""
+    device = torch.device("cuda" if asked == "auto" else asked)
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise SpecError(
+            f"compute.device: given {asked}; this machine has cuda:0 to cuda:{count - 1}"
+        )
+    # read when cuBLAS starts: with a work space of its own for each stream its sums keep their order
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # else a kernel fills each new tensor
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return device
+
+
+def take_turn(worker: int) -> None:
+    """Let `auto` and `cuda` be one of the visible CUDA devices in this process: each worker's the next one."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(worker % torch.cuda.device_count())
+
+
+def why_no_cuda() -> str:
+    """Why no CUDA device can be used, as CUDA says it."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return "no reason given"
 
 
 def stack_size(compute: specs.Compute, device: torch.device) -> int:
@@ -62,6 +103,24 @@ def stack_size(compute: specs.Compute, device: torch.device) -> int:
     if isinstance(compute.stack, int):
         return compute.stack
     return CUDA_STACK if compute.stack == "auto" and device.type == "cuda" else 1
+
+
+class Batch(NamedTuple):
+    """What a step reads, and the logits that it writes."""
+
+    rows: Tensor
+    """[K, B] int64: the images."""
+    targets: Tensor
+    """[K, B, C]: one-hot labels."""
+    logits: Tensor
+    """[K, B, C]."""
+
+    @classmethod
+    def of(cls, rows: Tensor, targets: Tensor, logits: Tensor, size: int, full: int) -> "Batch":
+        """Take the first `size` of the `full` images that there is room for."""
+        if size == full:
+            return cls(rows, targets, logits)
+        return cls(rows[:, :size], targets[:, :size], logits[:, :size])
 
 
 class Engine:
@@ -77,107 +136,212 @@ class Engine:
             raise ValueError(
                 "these specs can't be trained in the same steps: they differ in more than seeds, rates and decays"
             )
-        self.modules = [
-            model.build(spec.model, spec.train.seed).to(dataset.train.images.device)
-            for spec in members
-        ]
+        device = dataset.train.images.device
+        self.modules = [model.build(spec.model, spec.train.seed) for spec in members]
         shapes = [parameter.shape for parameter in self.modules[0].parameters()]
         rows = [
             torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
             for module in self.modules
         ]
-        self.parameters = torch.stack(rows)
-        first = next(self.modules[0].parameters())
-        pieces = [
-            piece.numel()
-            for piece in first.chunk(1 if first.is_cuda else -(-first.numel() // PIECE))
-        ]
-        widths = [*pieces[:-1], pieces[-1] + len(rows[0]) - first.numel()]
+        self.parameters = _padded(torch.stack(rows).to(device))
+        widths = _block_widths(self.modules[0], device)
         self.update = optim.Update([spec.optimizer for spec in members], self.parameters, widths)
-        views, gradient_views = (
-            _views(self.parameters, shapes),
-            _views(self.update.gradients, shapes),
-        )
+        self._views = _views(self.parameters, shapes)
+        self._gradient_views = _views(self.update.gradients, shapes)
         for k, module in enumerate(self.modules):
             for parameter, view, gradient in zip(
-                module.parameters(), views, gradient_views, strict=True
+                module.parameters(), self._views, self._gradient_views, strict=True
             ):
-                parameter.data, parameter.grad = (
-                    view[k],
-                    gradient[k],
-                )  # the modules and the flat tensors are the same memory
+                # the modules and the flat tensors are the same memory
+                parameter.data = view[k]
+                parameter.grad = gradient[k]
+            module.to(device)  # what else it holds
         self.batch = members[0].train.batch_size
         sizes = {self.batch, len(dataset.train) % self.batch} - {0}
         self.inputs = {
             size: self.parameters.new_empty(len(members) * size, specs.PIXELS) for size in sizes
         }
         self.passes = {
-            size: self._gradient(x.view(len(members), size, -1), views, gradient_views)
-            for size, x in self.inputs.items()
+            size: self._gradient(x.view(len(members), size, -1)) for size, x in self.inputs.items()
         }
-        self._epoch, self._order = -1, torch.empty(0)
+        self._orders: dict[
+            int, Tensor
+        ] = {}  # of this epoch, and of the next where it is prefetched
+        self.changing = [self.parameters, self.update.gradients, *self.update.buffers.values()]
+        self._chunks: Chunks | None = None
+        self._fused: dict[int, FusedMLP] = {}
+        if device.type == "cuda":
+            self.fuse_steps()
+            self.replay_steps(CudaGraphs())
+
+    def fuse_steps(self, wanted: bool = True) -> None:
+        """Do steps by kernels made for this kind of model from here on, where there are any and they compile."""
+        spec = self.specs[0]
+        self._fused = {}
+        if not (wanted and self.explicit):
+            return
+        try:
+            from fmnist import fused
+        except ImportError as error:  # PyTorch brings Triton on most platforms
+            log.warning("Triton is missing, so steps take longer: %s", error)
+            return
+        if not fused.fits(spec.model, self.batch):
+            return
+        images, carry = self.dataset.train.images, self.update.carry
+        tensors = (self._views, self._gradient_views)
+        made = {
+            size: fused.FusedMLP(
+                spec.model.activation, images, size, *tensors, carry, self.precision
+            )
+            for size in self.inputs
+        }
+        with self.undone(), torch.inference_mode():
+            why_not = fused.failure(made.values())
+        if why_not:
+            log.warning("the kernels of the step don't compile, so steps take longer: %s", why_not)
+        else:
+            self._fused = made
+
+    @contextlib.contextmanager
+    def undone(self) -> Iterator[None]:
+        """Put back what steps in here change."""
+        saved = [tensor.clone() for tensor in self.changing]
+        try:
+            yield
+        finally:
+            for tensor, before in zip(self.changing, saved, strict=True):
+                tensor.copy_(before)
+
+    @property
+    def fused(self) -> bool:
+        """Whether steps are done by kernels made for them."""
+        return bool(self._fused)
+
+    def replay_steps(self, recorder: Recorder | None) -> None:
+        """Train by replaying chunks of steps, recorded by this; None: by one step after the other."""
+        self._chunks = None if recorder is None else Chunks(recorder, self.changing)
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps are replayed."""
+        return self._chunks is not None
 
     def train(self, stop: int) -> list[Curves]:
         """Do the updates self.step + 1 to `stop`, at least one; nothing reaches the host before the last of them."""
         first = self.step + 1
-        rates = np.stack(
-            [optim.learning_rates(spec, np.arange(first, stop + 1)) for spec in self.specs], axis=1
-        )
+        rates = self._learning_rates(first, stop)
+        steps, labels, sizes = self._gather(first, stop, rates)
+        # without autograd's bookkeeping an operation costs 2 us less
+        with self._arithmetic(), torch.inference_mode(self.explicit):
+            self._do(steps, sizes)
+        self.step = stop
+        if self.parameters.is_cuda:
+            self._prefetch()  # while the device is at work
+        loss, accuracy = _measure(steps.logits, labels, sizes)
+        return [Curves(loss[:, k], accuracy[:, k], rates[:, k]) for k in range(len(self.specs))]
+
+    def gradients(self, step: int) -> Batch:
+        """Compute the gradients of one step's batch, into update.gradients, and no update; returns it with its logits."""
+        steps, _, [size] = self._gather(step, step, self._learning_rates(step, step))
+        batch = Batch.of(steps.rows[0], steps.targets[0], steps.logits[0], size, self.batch)
+        with self._arithmetic(), torch.inference_mode(self.explicit):
+            for _ in self._differentiate(batch):
+                pass  # each is a block whose gradient is done
+        return batch
+
+    def apply(self, step: int) -> None:
+        """Update the parameters with the gradients that there are, as this step does."""
+        coefficients = self.update.coefficients(self._learning_rates(step, step), step)
+        with self._arithmetic(), torch.no_grad():
+            for block in range(len(self.update.blocks)):
+                self.update(coefficients[0].unbind(), block)
+
+    def _learning_rates(self, first: int, stop: int) -> np.ndarray:
+        """[S, K] the learning rates of these updates."""
+        steps = np.arange(first, stop + 1)
+        return np.stack([optim.learning_rates(spec, steps) for spec in self.specs], axis=1)
+
+    def _gather(self, first: int, stop: int, rates: np.ndarray) -> tuple[Steps, Tensor, list[int]]:
+        """What these updates need; their labels [S, K, B]; and how many images each has, the rest being padding."""
         rows, sizes = self._batches(first, stop)
         labels = self.dataset.train.labels[rows]
         logits = self.parameters.new_zeros(*rows.shape, specs.CLASSES)
-        targets = functional.one_hot(labels, specs.CLASSES).to(logits.dtype)
-        with (
-            self._arithmetic(),
-            torch.inference_mode(self.explicit),
-        ):  # without autograd's bookkeeping an operation costs 2 us less
-            self._steps(rows, sizes, targets, self.update.coefficients(rates, first), logits)
-        self.step = stop
-        loss, accuracy = _measure(logits, labels, sizes)
-        return [Curves(loss[:, k], accuracy[:, k], rates[:, k]) for k in range(len(self.specs))]
+        classes = torch.arange(specs.CLASSES, device=labels.device)
+        targets = (labels.unsqueeze(-1) == classes).to(logits.dtype)
+        return Steps(rows, targets, self.update.coefficients(rates, first), logits), labels, sizes
 
-    def _steps(
-        self,
-        rows: Tensor,
-        sizes: list[int],
-        targets: Tensor,
-        coefficients: list[tuple[Tensor, ...]],
-        logits: Tensor,
-    ) -> None:
-        found = zip(
-            rows.flatten(1).unbind(),
+    def _do(self, steps: Steps, sizes: list[int]) -> None:
+        if self._chunks is not None:
+            try:
+                self._chunks.run(self._loop, steps, sizes)
+                return
+            except CaptureError as error:
+                log.warning(
+                    "the steps of this model can't be captured, they are launched one by one: %s",
+                    error,
+                )
+                self._chunks = None
+        self._loop(steps, sizes)
+
+    def _loop(self, steps: Steps, sizes: Sequence[int]) -> None:
+        """Do steps one after the other."""
+        each = zip(
+            steps.rows.unbind(),
+            steps.targets.unbind(),
+            steps.logits.unbind(),
             sizes,
-            targets.unbind(),
-            coefficients,
-            logits.unbind(),
+            steps.coefficients.unbind(),
             strict=True,
         )
-        for row, size, target, numbers, out in found:
-            if size < self.batch:
-                row, target, out = (
-                    row.view(-1, self.batch)[:, :size].flatten(),
-                    target[:, :size],
-                    out[:, :size],
-                )
-            torch.index_select(self.dataset.train.images, 0, row, out=self.inputs[size])
-            self.update.prepare()
-            for block in self.passes[size](target, out):
-                self.update(numbers, block)
+        for rows, targets, logits, size, coefficients in each:
+            batch = Batch.of(rows, targets, logits, size, self.batch)
+            numbers = coefficients.unbind()
+            if self._fused and self.update.plain:
+                self.update.prepare()
+                self._fused[size].step(*batch, numbers[0])
+            else:
+                for block in self._differentiate(batch):
+                    self.update(numbers, block)
+
+    def _differentiate(self, batch: Batch) -> Iterator[int]:
+        """Compute the gradients of a batch; yields each block of the update as it is done."""
+        size = batch.rows.shape[1]
+        self.update.prepare()
+        if self._fused:
+            return self._fused[size].gradients(*batch)
+        images = self.dataset.train.images
+        torch.index_select(images, 0, batch.rows.flatten(), out=self.inputs[size])
+        return self.passes[size](batch.targets, batch.logits)
 
     @torch.no_grad()
     def evaluate(self, split: data.Split, member: int = 0) -> Evaluation:
         """Loss, accuracy and logits of one model over a whole split."""
         module = self.modules[member].eval()
         with self._arithmetic(), _autocast(self.precision, self.parameters.device):
-            chunks = [
-                module(images.view(-1, 1, 28, 28))
-                for images in split.images.split(EVALUATION_BATCH)
-            ]
+            batch = len(split) if split.images.is_cuda else EVALUATION_BATCH
+            chunks = [module(images.view(-1, 1, 28, 28)) for images in split.images.split(batch)]
         module.train()
-        logits = torch.cat(chunks).float()
-        loss = functional.cross_entropy(logits.double(), split.labels).item()
-        accuracy = (logits.argmax(1) == split.labels).sum().item() / len(split)
-        return Evaluation(loss, accuracy, logits.cpu().numpy())
+        [evaluation] = _evaluations(torch.cat(chunks).float()[None], split.labels)
+        return evaluation
+
+    def evaluate_all(self, split: data.Split) -> list[Evaluation]:
+        """Evaluate every model: on a CUDA device those of a stack in the same products."""
+        if len(self.specs) > 1 and self.explicit and split.images.is_cuda:
+            with self._arithmetic(), torch.inference_mode():
+                return _evaluations(self._logits(split.images), split.labels)
+        return [self.evaluate(split, member) for member in range(len(self.specs))]
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """[K, N, C]: what all MLPs make of the same images."""
+        activation = model.ACTIVATIONS[self.specs[0].model.activation]()
+        weights, biases = self._views[::2], self._views[1::2]
+        chunks = []
+        for chunk in images.split(EVALUATION_BATCH):
+            x = chunk.expand(len(self.specs), -1, -1)
+            for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+                x = torch.baddbmm(bias.unsqueeze(1), x if layer == 0 else activation(x), weight.mT)
+            chunks.append(x)
+        return torch.cat(chunks, dim=1)
 
     def state(self, member: int = 0) -> dict[str, Any]:
         """A copy of one model's whole state, on the host."""
@@ -211,13 +375,17 @@ class Engine:
 
         The velocities of dead units decay to such numbers, with which a processor takes up to 7 times as long.
         """
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
+        convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        kinds = (torch.backends.cuda.matmul, convolutions)
+        before = [kind.fp32_precision for kind in kinds]
+        for kind in kinds:
+            kind.fp32_precision = "tf32" if self.precision == "tf32" else "ieee"
         torch.set_flush_denormal(True)
         try:
             yield
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
+            for kind, precision in zip(kinds, before, strict=True):
+                kind.fp32_precision = precision
             torch.set_flush_denormal(False)  # it holds for all that this process computes
 
     def _batches(self, first: int, stop: int) -> tuple[Tensor, list[int]]:
@@ -235,26 +403,28 @@ class Engine:
 
     def _epoch_batches(self, epoch: int) -> Tensor:
         """[steps per epoch, K, B]: each model's own order, copied to the device an epoch at a time."""
-        if epoch != self._epoch:
+        if epoch not in self._orders:
             images = len(self.dataset.train)
             order = torch.stack([data.order(images, spec.train.seed, epoch) for spec in self.specs])
-            padded = functional.pad(order, (0, -images % self.batch)).view(
-                len(self.specs), -1, self.batch
-            )
-            self._epoch, self._order = (
-                epoch,
-                padded.transpose(0, 1).contiguous().to(self.parameters.device),
-            )
-        return self._order
+            padded = functional.pad(order, (0, -images % self.batch))
+            batches = padded.view(len(self.specs), -1, self.batch).transpose(0, 1).contiguous()
+            self._orders = {near: self._orders[near] for near in self._orders if near == epoch - 1}
+            self._orders[epoch] = upload(batches, self.parameters.device)
+        return self._orders[epoch]
 
-    def _gradient(
-        self, x: Tensor, parameters: list[Tensor], gradients: list[Tensor]
-    ) -> "model.MLPGradient | AutogradGradient":
+    def _prefetch(self) -> None:
+        """Make the order of the epoch after that of the next step."""
+        spec = self.specs[0]
+        epoch = self.step // spec.steps_per_epoch + 1
+        if epoch < spec.train.epochs:
+            self._epoch_batches(epoch)
+
+    def _gradient(self, x: Tensor) -> "model.MLPGradient | AutogradGradient":
         match self.modules[0]:
             case model.MLP(activation=activation) if self.precision != "bf16":
-                return model.MLPGradient(
-                    activation, x, parameters, gradients, self.update.carry, len(self.update.blocks)
-                )
+                tensors = (x, self._views, self._gradient_views)
+                pieces = len(self.update.blocks)
+                return model.MLPGradient(activation, *tensors, self.update.carry, pieces)
             case _:
                 return AutogradGradient(self.modules, x, self.update, self.precision)
 
@@ -291,15 +461,45 @@ def _autocast(precision: str, device: torch.device) -> torch.autocast:
     )
 
 
+def _padded(rows: Tensor) -> Tensor:
+    """The same rows, on a CUDA device so far apart that each begins at a multiple of 64 bytes, which is read fastest."""
+    if not rows.is_cuda:
+        return rows
+    models, count = rows.shape
+    padded = rows.new_zeros(models, -(-count // 16) * 16)[:, :count]
+    return padded.copy_(rows)
+
+
+def _block_widths(module: nn.Module, device: torch.device) -> list[int]:
+    """The columns of the parameters that are updated together: pieces of the first layer, the last with all that follows."""
+    sizes = [parameter.numel() for parameter in module.parameters()]
+    first = next(module.parameters())
+    count = 1 if device.type == "cuda" else -(-first.numel() // PIECE)
+    pieces = [piece.numel() for piece in first.chunk(count)]
+    return [*pieces[:-1], pieces[-1] + sum(sizes[1:])]
+
+
 def _views(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
     """The rows of `flat` [K, P] as one tensor [K, ...] for each of a model's parameters."""
     pieces = flat.split([shape.numel() for shape in shapes], dim=1)
     return [piece.view(len(flat), *shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
+def _evaluations(logits: Tensor, labels: Tensor) -> list[Evaluation]:
+    """What the logits [K, N, C] of K models over a split are worth, with one copy to the host for all."""
+    losses = torch.stack([functional.cross_entropy(of_one.double(), labels) for of_one in logits])
+    right = (logits.argmax(2) == labels).sum(1)
+    numbers = torch.stack([losses, right.double()]).tolist()
+    on_host = logits.cpu().numpy()
+    return [
+        Evaluation(loss, count / len(labels), of_one)
+        for loss, count, of_one in zip(*numbers, on_host, strict=True)
+    ]
+
+
 def _measure(logits: Tensor, labels: Tensor, sizes: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """[S, K] losses and accuracies from the stored logits [S, K, B, C]; images past a step's size are padding and count for nothing."""
-    count = torch.tensor(sizes, device=logits.device)[:, None]
+    count = upload(torch.tensor(sizes), logits.device)[:, None]
     real = (torch.arange(logits.shape[2], device=logits.device) < count)[:, None]
     losses = functional.cross_entropy(
         logits.flatten(0, 2), labels.flatten(), reduction="none"

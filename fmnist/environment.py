@@ -15,6 +15,8 @@ from fmnist import __version__, data
 
 BITS = (
     "device",
+    "cuda",
+    "triton",
     "threads",
     "stack",
     "processor",
@@ -26,6 +28,8 @@ def facts(environment: Mapping[str, Any]) -> dict[str, Any]:
     """Of what `collect` found, what may matter for a result."""
     plain = (
         "device",
+        "cuda",
+        "triton",
         "threads",
         "stack",
         "processor",
@@ -56,8 +60,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def collect(command: str, device: torch.device, stack: int = 1) -> dict[str, Any]:
-    """What could make the same spec give other numbers elsewhere; `stack`: how many runs are trained in the same steps."""
+def collect(
+    command: str, device: torch.device, stack: int = 1, device_check: str | None = None
+) -> dict[str, Any]:
+    """What could make the same spec give other numbers elsewhere; `stack`: how many runs are trained in the same steps.
+
+    `device_check`: what was found of the device, see devices.choose.
+    """
     packages = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name}
     commit = _git("rev-parse", "HEAD")
     status = commit and _git("status", "--porcelain")
@@ -68,6 +77,9 @@ def collect(command: str, device: torch.device, stack: int = 1) -> dict[str, Any
         "platform": platform.platform(),
         "processor": _processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "triton": packages.get("triton") if device.type == "cuda" else None,
+        "device_check": device_check,
         "threads": torch.get_num_threads(),
         "stack": stack,
         "data_digest": data.DIGEST,

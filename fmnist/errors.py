@@ -4,6 +4,7 @@ FmnistError
 ├── UserError                2   the input is wrong; the message holds the remedy
 │   ├── SpecError                an experiment file or an override
 │   ├── DataError                the dataset can be neither found nor fetched
+│   ├── DeviceError              the CUDA device that was asked for can't be used
 │   └── StoreError               the record of runs can't be reached, read or written
 ├── Diverged                 3   a training loss that isn't finite
 ├── Irreproducible           3   a step on record that comes out otherwise when it is computed again
@@ -26,6 +27,10 @@ class SpecError(UserError):
 
 
 class DataError(UserError):
+    pass
+
+
+class DeviceError(UserError):
     pass
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fmnist import spec as specs
+from fmnist.capture import upload
 
 Optimizer = specs.SGD | specs.Adam | specs.AdamW
 
@@ -30,7 +31,7 @@ class Update:
     ) -> None:
         self.optimizers, self.parameters = optimizers, parameters
         names = {name for optimizer in optimizers for name in buffer_names(optimizer)}
-        self.buffers = {name: torch.zeros_like(parameters) for name in sorted(names)}
+        self.buffers = {name: _zeros_beside(parameters) for name in sorted(names)}
         self.decays = any(optimizer.weight_decay for optimizer in optimizers)
         self.decay = self._column([optimizer.weight_decay for optimizer in optimizers])
         momenta = [getattr(optimizer, "momentum", 0.0) for optimizer in optimizers]
@@ -39,7 +40,7 @@ class Update:
             getattr(optimizers[0], "nesterov", False),
         )
         adds = "momentum" in self.buffers and not self.nesterov
-        self.gradients = self.buffers["momentum"] if adds else torch.zeros_like(parameters)
+        self.gradients = self.buffers["momentum"] if adds else _zeros_beside(parameters)
         self.mixes = adds and (self.decays or len(set(momenta)) > 1)
         self.carry = momenta[0] if adds and not self.mixes else float(adds)
         self._rule: Callable[..., None] = (
@@ -52,6 +53,12 @@ class Update:
             dict(zip(whole, parts, strict=True))
             for parts in zip(*(t.split(widths, 1) for t in whole.values()), strict=True)
         ]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the update of a block is: parameters less rate * gradients."""
+        sgd = isinstance(self.optimizers[0], specs.SGD)
+        return sgd and not self.nesterov and (self.mixes or not self.decays)
 
     def prepare(self) -> None:
         """What has to be done before the gradient: all that a matrix product can't, which multiplies by one number."""
@@ -93,8 +100,8 @@ class Update:
         denominator = torch.sqrt(square, out=gradients).div_(coefficients[1]).add_(self.eps)
         parameters.addcdiv_(mean * coefficients[0], denominator, value=-1)
 
-    def coefficients(self, rates: np.ndarray, first: int) -> list[tuple[Tensor, ...]]:
-        """What changes from step to step, each [K, 1], for the steps from `first` on with these learning rates [S, K]."""
+    def coefficients(self, rates: np.ndarray, first: int) -> Tensor:
+        """What changes from step to step, [S, N, K, 1]: N numbers for each of the steps from `first` on, given their learning rates [S, K]."""
         columns = [rates]
         if isinstance(optimizer := self.optimizers[0], specs.Adam | specs.AdamW):
             steps = np.arange(first, first + len(rates))[:, None]
@@ -104,13 +111,18 @@ class Update:
             ]
         if isinstance(optimizer, specs.AdamW):
             columns += [1 - rates * np.array([each.weight_decay for each in self.optimizers])]
-        table = torch.from_numpy(np.stack(columns, axis=1)[..., None]).to(
-            self.parameters
-        )  # [S, columns, K, 1]
-        return [step.unbind() for step in table.unbind()]
+        table = torch.from_numpy(np.stack(columns, axis=1)[..., None])
+        return upload(table.to(self.parameters.dtype), self.parameters.device)
 
     def _column(self, values: list[float]) -> Tensor:
         return self.parameters.new_tensor(values)[:, None]
+
+
+def _zeros_beside(parameters: Tensor) -> Tensor:
+    """Zeros that lie as the parameters do, their rows as far apart."""
+    return torch.empty_strided(
+        parameters.shape, parameters.stride(), dtype=parameters.dtype, device=parameters.device
+    ).zero_()
 
 
 def buffer_names(optimizer: Optimizer) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fmnist import checkpoint, data, environment, experiments
+from fmnist import checkpoint, devices, environment, experiments
 from fmnist import engine as engines
 from fmnist import spec as specs
 from fmnist.errors import Diverged, SpecError, StoreError
@@ -193,20 +193,17 @@ def _train(requests: Sequence[Request], context: Context) -> list[Outcome]:
     """Train these runs, as many at once as `compute.stack` has it; a signal ends those at work and keeps the rest from beginning."""
     began, first = time.monotonic(), requests[0].spec
     _preflight(context)
-    device = engines.device(first.compute, first.train.precision)
-    dataset = data.load(first.data, context.root, device, context.say)
-    size, done, carrier = (
-        engines.stack_size(first.compute, device),
-        list[tuple[Journal, Outcome]](),
-        None,
-    )
+    place = devices.choose([request.spec for request in requests], context.root, context.say)
+    size = engines.stack_size(first.compute, place.device)
+    done = list[tuple[Journal, Outcome]]()
+    carrier = None
     for start in range(0, len(requests), size):
         chosen = requests[start : start + size]
         if len(requests) > 1:
             context.say(
                 f"{', '.join(f's{request.spec.train.seed}' for request in chosen)}: {start + len(chosen)} of {len(requests)} runs"
             )
-        stacks = _begin(chosen, dataset, context)
+        stacks = _begin(chosen, place, context)
         carrier = start_carrier(context.root) if context.sync else None
         with signals() as caught:
             for stack in stacks:
@@ -225,7 +222,7 @@ def _train(requests: Sequence[Request], context: Context) -> list[Outcome]:
     return outcomes
 
 
-def _begin(requests: Sequence[Request], dataset: data.Dataset, context: Context) -> list[Stack]:
+def _begin(requests: Sequence[Request], place: devices.Place, context: Context) -> list[Stack]:
     """Begin these runs, or continue them; those that are at the same step are one stack."""
     together: dict[int, list[tuple[Request, Beginning | None]]] = {}
     try:
@@ -234,7 +231,7 @@ def _begin(requests: Sequence[Request], dataset: data.Dataset, context: Context)
             together.setdefault(taken[1]["step"] if taken and taken[1] else 0, []).append(
                 (request, taken)
             )
-        return [_stack(members, dataset, context) for members in together.values()]
+        return [_stack(members, place, context) for members in together.values()]
     except BaseException as error:
         for taken in [taken for members in together.values() for _, taken in members if taken]:
             taken[0].release()
@@ -245,15 +242,16 @@ def _begin(requests: Sequence[Request], dataset: data.Dataset, context: Context)
 
 
 def _stack(
-    members: Sequence[tuple[Request, Beginning | None]], dataset: data.Dataset, context: Context
+    members: Sequence[tuple[Request, Beginning | None]], place: devices.Place, context: Context
 ) -> Stack:
     begun = list[tuple[Request, Journal, State | None]]()
     for request, taken in members:
-        now = environment.collect(request.command, dataset.train.images.device, len(members))
+        now = environment.collect(request.command, place.device, len(members), place.finding)
         if taken:
             _go_on(*taken, request.spec, now, context)
         begun.append((request, *(taken or request.start(now))))
-    stack = Stack(engines.Engine([request.spec for request, _, _ in begun], dataset))
+    with devices.failures(place.device):
+        stack = Stack(engines.Engine([request.spec for request, _, _ in begun], place.dataset))
     for member, (request, journal, state) in enumerate(begun):
         outcome = Outcome(journal.folder.name, StateFolder.at(journal.folder).run["name"])
         stack.trainings.append(Training(request.spec, stack, member, journal, outcome))

@@ -292,7 +292,10 @@ class Carrier:
             "fingerprint": spec.fingerprint,
             "group": spec.group,
             "seed": spec.train.seed,
-            **{key: environment.get(key) for key in ("data_digest", "device", "threads", "stack")},
+            **{
+                key: environment.get(key)
+                for key in ("data_digest", "device", "device_check", "threads", "stack")
+            },
             "git_commit": environment["git_commit"] or "none",
             "git_dirty": str(environment["git_dirty"]).lower(),
             "torch": environment["packages"]["torch"],

@@ -176,9 +176,15 @@ class Tracking(Section):
     """Steps between two training points in MLflow; curves.parquet always has every step."""
 
 
+Device = Literal[
+    "auto", "cpu", "cuda",
+    "cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:4", "cuda:5", "cuda:6", "cuda:7",
+]  # fmt: skip
+
+
 class Compute(Section):
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a CUDA device where there is one."""
+    device: Device = "auto"
+    """auto: a CUDA device where there is one that computes what the CPU does; cuda:1: the second."""
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     """CPU threads of the trainer; for matrices this small one is the fastest."""
     stack: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=4_096)] = "auto"

@@ -80,6 +80,7 @@ class Stack:
         self.engine = engine
         self.trainings: list[Training] = []
         self._segment = Segment(0, [], 0, 0.0)
+        self._evaluated: tuple[int, list[engines.Evaluation]] = (-1, [])
 
     def train(
         self,
@@ -117,6 +118,13 @@ class Stack:
             curves = self.engine.train(stop)
             self._segment = Segment(first, curves, started, time.monotonic() - began)
         return self._segment
+
+    def evaluation(self, member: int) -> engines.Evaluation:
+        """A run's validation at this step, where all are evaluated when the first of the runs asks for its own."""
+        step = self.engine.step
+        if self._evaluated[0] != step:
+            self._evaluated = (step, self.engine.evaluate_all(self.engine.dataset.validation))
+        return self._evaluated[1][member]
 
     def _live(self) -> list["Training"]:
         return [training for training in self.trainings if training.outcome.status == "RUNNING"]
@@ -248,7 +256,7 @@ class Training:
             )
 
     def _evaluate(self) -> None:
-        self.latest = self.engine.evaluate(self.engine.dataset.validation, self.member)
+        self.latest = self.stack.evaluation(self.member)
         measured = {
             "epoch": self.step / self.spec.steps_per_epoch,
             "val/loss": self.latest.loss,

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from fmnist import checkpoint, data, engine, environment, experiments
+from fmnist import checkpoint, devices, engine, environment, experiments
 from fmnist import spec as specs
 from fmnist.errors import StoreError
 from fmnist.journal import Recorded, Unequal, from_curves, unequal_values
@@ -37,15 +37,16 @@ def verify(folder: Path, root: Path, steps: int | None, say: Callable[[str], Non
     curves = pd.read_parquet(folder / "curves.parquet")
     last = min(steps or spec.steps, int(curves["step"].max()))
     recorded = Recorded(from_curves(spec, curves, last, 0))
-    device = engine.device(spec.compute, spec.train.precision)
-    trainer = engine.Engine([spec], data.load(spec.data, root, device, say))
+    place = devices.choose([spec], root, say)
+    with devices.failures(place.device):
+        trainer = engine.Engine([spec], place.dataset)
     before = environment.facts(
         json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     )
     found = Verification(
         last,
         environment=environment.differences(
-            before, environment.facts(environment.collect("", device))
+            before, environment.facts(environment.collect("", place.device))
         ),
     )
     try:

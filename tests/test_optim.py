@@ -113,10 +113,11 @@ def test_updates_are_torchs(name: str, dtype: torch.dtype, tolerance: float) -> 
         lr = spec.lr * (1 + step % 3)
         optimizer.param_groups[0]["lr"] = lr
         [coefficients] = update.coefficients(np.array([[lr]]), step)
+        numbers = coefficients.unbind()
         update.prepare()
         update.gradients.mul_(update.carry).add_(theirs.grad)
         for block in (1, 0):
-            update(coefficients, block)
+            update(numbers, block)
         optimizer.step()
         torch.testing.assert_close(ours, theirs.detach(), rtol=tolerance, atol=tolerance)
 

@@ -228,7 +228,7 @@ def test_an_engine_that_breaks_fails_all_its_runs(
     def out_of_memory(*arguments: Any) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr("fmnist.engine.Engine._steps", out_of_memory)
+    monkeypatch.setattr("fmnist.engine.Engine._do", out_of_memory)
     outcomes = run(tmp_path, [seeded(seed) for seed in (0, 1)])
     assert [(outcome.status, outcome.reason) for outcome in outcomes] == [
         ("FAILED", "MemoryError: no room")
