@@ -7,8 +7,10 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,28 @@ def refused(result: "subprocess.CompletedProcess[str]", home: Path, *fragments: 
         result.stderr
     )
     assert not (home / "mlruns").exists()
+
+
+class Failing(BaseHTTPRequestHandler):
+    """A tracking server that is there and can't look anything up, as one whose database is down."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/health" else 500)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def failing_server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
 
 
 @pytest.fixture
@@ -142,6 +166,14 @@ def test_a_tracking_server_that_does_not_answer_is_told_within_ten_seconds(
     refused(result, home, f"http://{server}", "start it, unset MLFLOW_TRACKING_URI", "--no-sync")
     assert "secret" not in result.stderr
     assert time.monotonic() - imported < 10 + (imported - began)
+
+
+@pytest.mark.parametrize("arguments", [("run", "baseline", "--seeds", "2"), ("sweep", "sweep-lr")])
+def test_nothing_is_trained_where_a_server_cant_say_what_is_there(
+    fmnist: Fmnist, home: Path, failing_server: str, arguments: tuple[str, ...]
+) -> None:
+    result = fmnist(*arguments, MLFLOW_TRACKING_URI=failing_server)
+    refused(result, home, "what is recorded already can't be asked", "the same command again")
 
 
 def test_report_on_an_empty_home_names_the_remedy_and_creates_nothing(

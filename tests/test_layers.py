@@ -70,6 +70,7 @@ ALLOWED = {
     "sweep_run": {"journal", "plots", "search", "sweeps", "tracking"},
     "sweeping": {
         "database",
+        "errors",
         "journal",
         "runner",
         "search",
