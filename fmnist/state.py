@@ -249,7 +249,8 @@ class Journal:
         if unequal and self.exact:
             first = min(unequal, key=lambda difference: difference.step)
             raise Irreproducible(
-                f"this machine does not repeat its own results: {first}; start anew with --fresh"
+                f"{self.folder.name} does not come out here as it did, though nothing known differs: {first}; it stays as it was,"
+                " to be continued where it came out so, or start anew with --fresh"
             )
 
     def _append(self, record: Record) -> None:

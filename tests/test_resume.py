@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,6 +74,7 @@ RECIPES = {
     "early stopping": STOPPING,
     "collapse": experiment(specs.SGD(lr=0.5)),
 }
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
 STOPS = (0, 10, 20, 30, 40, 50, 60, 68)
 
 
@@ -734,11 +737,29 @@ def test_a_step_that_comes_out_otherwise_ends_the_run(tmp_path: Path) -> None:
     assert (outcome.status, outcome.exit_code, outcome.resumable) == (
         "FAILED",
         Irreproducible.exit_code,
-        False,
+        True,
     )
     assert outcome.reason is not None
     assert "step 55: train/loss was" in outcome.reason
-    assert not folder.resumable
+    assert "or start anew with --fresh" in outcome.reason
+    assert folder.resumable
+
+
+def test_a_run_refused_under_another_arithmetic_goes_on_under_its_own(
+    unbroken: Unbroken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, said = kill(tmp_path, SPEC, 60, save_up_to(20)), list[str]()
+    before = {name: (folder.path / name).read_bytes() for name in CHECKPOINTS}
+    alter(folder, 45)
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "CHECKPOINT_S", 0)
+        patched.setattr(training, "CHECKPOINT_SHARE", 0)
+        assert "step 45: train/loss was" in str(finish(folder, SPEC).reason)
+    assert {name: (folder.path / name).read_bytes() for name in CHECKPOINTS} == before
+    alter(folder, 45)  # back again
+    assert finish(folder, SPEC, said).status == "FINISHED"
+    assert said == [continued(folder, 20)]
+    assert differences(folder, unbroken(SPEC)) == []
 
 
 # ---- elsewhere
@@ -783,7 +804,7 @@ def began_with(folder: StateFolder, **changed: Any) -> dict[str, Any]:
     return facts
 
 
-@pytest.mark.parametrize("key", ["device", "processor"])
+@pytest.mark.parametrize("key", ["device", "processor", "instructions", "settings", "code"])
 def test_on_another_machine_a_run_goes_on_without_comparing_and_says_so(
     key: str, tmp_path: Path
 ) -> None:
@@ -797,6 +818,34 @@ def test_with_another_torch_a_run_goes_on_without_comparing_and_says_so(tmp_path
     facts = began_with(folder)
     began_with(folder, packages={**facts["packages"], "torch": "2.0"})
     assert_goes_on_without_comparing(folder, SPEC, f"torch 2.0 -> {facts['packages']['torch']}")
+
+
+def test_what_may_change_bits_is_found() -> None:
+    def collected(**settings: str) -> dict[str, Any]:
+        code = "import json, torch; from fmnist import environment; print(json.dumps(environment.collect('', torch.device('cpu'))))"
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **settings},
+        )
+        return dict(json.loads(result.stdout))
+
+    plain = environment.facts(collected())
+    other = environment.facts(collected(ATEN_CPU_CAPABILITY="default", MKL_CBWR="COMPATIBLE"))
+    assert environment.differences(plain, other) == {
+        "instructions": f"{plain['instructions']} -> DEFAULT",
+        "settings": f"{plain['settings']} -> ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE",
+    }
+
+
+def test_a_change_of_the_code_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "fmnist"
+    shutil.copytree(REPOSITORY / "fmnist", copy)
+    monkeypatch.setattr(environment, "__file__", str(copy / "environment.py"))
+    before = environment._code()
+    (copy / "optim.py").write_text((copy / "optim.py").read_text() + "# rounds otherwise\n")
+    assert environment._code() != before
 
 
 def test_what_another_machine_computed_is_not_compared_here(
