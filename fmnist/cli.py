@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import io
 import json
 import os
 import re
@@ -34,7 +35,41 @@ app = typer.Typer(
 MOST_SEEDS = 1_000
 
 
+class Stream(io.FileIO):
+    """Standard output or error whose reader may go away: words are not the work, so they go nowhere then and the work goes on."""
+
+    def __init__(self, number: int, forgive: type[OSError]) -> None:
+        super().__init__(number, "w", closefd=False)
+        self._forgive = forgive
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except self._forgive:
+            return len(data)
+
+
+def _open_streams() -> None:
+    """Have the three standard streams open, none of which can end the work; what their encoding lacks is replaced."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: else the next file, a journal perhaps, got its number
+            os.open(os.devnull, os.O_RDWR)
+    # A full disk that takes no words is forgiven; one that takes no result is told.
+    for name, number, forgive in (("stdout", 1, BrokenPipeError), ("stderr", 2, OSError)):
+        encoding = getattr(getattr(sys, name), "encoding", None)
+        stream = io.TextIOWrapper(
+            io.BufferedWriter(Stream(number, forgive)),
+            encoding=encoding,
+            errors="replace",
+            line_buffering=True,
+        )
+        setattr(sys, name, stream)
+
+
 def main() -> None:
+    _open_streams()
     gc.set_threshold(
         100_000
     )  # the imports make half a million objects to keep, and looking through them took a seventh of their time
@@ -69,7 +104,8 @@ def _tell(text: str) -> None:
 
 def _answer(value: dict[str, Any], lines: Iterable[str], as_json: bool, exit_code: int = 0) -> None:
     """What a command found: one JSON object, or lines for people."""
-    for line in [json.dumps(value, indent=2, ensure_ascii=False)] if as_json else lines:
+    plain = not (sys.stdout.encoding or "").lower().startswith("utf")  # which JSON can do with
+    for line in [json.dumps(value, indent=2, ensure_ascii=plain)] if as_json else lines:
         print(line, flush=True)
     if exit_code:
         raise typer.Exit(exit_code)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, SMALL, Fmnist, free_port
 
-from fmnist import experiments, state, sweeps
+from fmnist import experiments, journal, state, sweeps
 from fmnist import spec as specs
 
 PACKAGE = Path(specs.__file__).parent
@@ -349,7 +350,36 @@ def test_an_answer_that_reaches_nobody_is_told_or_left(home: Path) -> None:
         command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
     )
     os.close(writer)
-    assert (result.returncode, result.stderr) == (1, "")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("closed", ["2>&1 | true", "2>&-", ">&-", ">&- 2>&-", "<&- 2>/dev/full"])
+def test_runs_are_trained_whether_or_not_anyone_reads(closed: str, home: Path) -> None:
+    words = [Path(sys.executable).with_name("python"), "-m", "fmnist", *SMALL]
+    words += ["--seeds", "2", "--no-sync"]
+    pipeline = f"set -o pipefail; {shlex.join(map(str, words))} {closed}"
+    result = subprocess.run(
+        ["bash", "-c", pipeline],
+        env={**os.environ, "FMNIST_HOME": str(home)},
+        capture_output=True,
+        timeout=120,
+    )
+    assert (result.returncode, b"Traceback" in result.stderr) == (0, False), result.stderr
+    folders = state.state_folders(home)
+    assert [folder.result and folder.result.outcome for folder in folders] == ["finished"] * 2
+    for folder in folders:
+        assert journal.read(folder.path / "journal")[1] == (folder.path / "journal").stat().st_size
+
+
+def test_a_terminal_that_lacks_letters_gets_all_the_same_lines(fmnist: Fmnist, home: Path) -> None:
+    question = "Größer ± 0,5 → besser?"
+    (home / "experiments" / "mine.yaml").write_text(f"extends: baseline\nquestion: {question}\n")
+    plain = {"PYTHONIOENCODING": "ascii"}
+    listed = fmnist("list", **plain)
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert "Gr??er ? 0,5 ? besser?" in listed.stdout
+    found = json.loads(fmnist("list", "--json", **plain).stdout)["experiments"]
+    assert question in [each["question"] for each in found]
 
 
 @pytest.mark.parametrize("words", ["fmnist run l", "fmnist show l"])
