@@ -294,7 +294,9 @@ def _go_on(
         state["step"] if state else 0,
     )
     resumed = (
-        record.fields["environment"] for record in journal.records if record.kind == "resume"
+        record.fields.get("environment", {})
+        for record in journal.records
+        if record.kind == "resume"
     )
     changed = [
         environment.differences(place, here)
@@ -327,7 +329,7 @@ def _newest_checkpoint(
             )
         except FileNotFoundError:
             continue
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             say(f"{error}; what there is before it is taken")
     return None
 

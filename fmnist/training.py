@@ -161,7 +161,7 @@ class Training:
     def go_on_from(self, state: State) -> None:
         """Be where an unbroken run was at this checkpoint; what the loop remembers comes from the journal."""
         self.engine.load_state(state, self.member)
-        self.step, self.best_weights, self.went_on = self.engine.step, state["best"], True
+        self.step, self.best_weights, self.went_on = self.engine.step, state.get("best"), True
         for record in self.journal.records:
             if record.kind == "train" and (count := self.step + 1 - record.fields["first"]) > 0:
                 self.curves = {name: array[:count] for name, array in record.arrays.items()}

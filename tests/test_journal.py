@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from hypothesis import strategies as st
 from fmnist import experiments, journal, state
 from fmnist import spec as specs
 from fmnist.errors import Irreproducible, StoreError, UserError
-from fmnist.journal import ARRAYS, Record, Recorded
+from fmnist.journal import ARRAYS, Record, Recorded, encode
 from fmnist.state import Journal, StateFolder
 
 SPEC = specs.ExperimentSpec(
@@ -290,9 +291,9 @@ def test_reading_on_gives_what_is_new(tmp_path: Path) -> None:
     for i, end in enumerate(ends):
         records, offset = journal.read(path, end)
         assert ([text(record) for record in records], offset) == (whole[i + 1 :], ends[-1])
-    written.event("end", status="again")
+    written.event("end", status="FINISHED")
     [record], offset = journal.read(path, ends[-1])
-    assert record.fields["status"] == "again"
+    assert record.fields["status"] == "FINISHED"
     assert journal.read(path, offset) == ([], offset)
 
 
@@ -306,6 +307,59 @@ def test_a_journal_cut_anywhere_gives_its_whole_records(tmp_path: Path) -> None:
         complete = sum(end <= length for end in ends)
         assert [text(record) for record in records] == whole[:complete]
         assert offset == (ends[complete - 1] if complete else 0)
+
+
+def test_what_no_program_of_ours_wrote_ends_what_is_read(tmp_path: Path) -> None:
+    """Records with a right checksum whose fields are wrong."""
+    written = start(tmp_path)
+    written.train(1, values(3), 1_000, 2_000, 0.5)
+    path, whole = written.folder / "journal", (written.folder / "journal").read_bytes()
+    right = train(4, 2)
+    crafted = [
+        Record("train", {**right.fields, **changed}, right.arrays)
+        for changed in (
+            *({"count": count} for count in (0, 1, 3, -1, 2.5, "2", None, 10**9)),
+            *({"first": first} for first in (0, 1, 3, 5, 10**30, "4", True)),
+            {"t0": 10**30},
+            {"t1": None},
+            {"elapsed_s": float("nan")},
+        )
+    ]
+    crafted += [
+        Record("evaluation", {**evaluation(3).fields, "step": "3"}),
+        Record("evaluation", {"t": 1, "step": 3}),
+        Record("final", {"t": 1, "metrics": {"last/val_loss": "low"}}),
+        Record("final", {"t": 1, "metrics": []}),
+        Record("end", {"t": 1, "status": "DELETED"}),
+        Record("end", {"t": 1, "status": ["FINISHED"]}),
+        Record("resume", {"t": 1, "step": 3, "environment": []}),
+        Record("surprise", {"t": 1}),
+    ]
+    payloads = [encode(record)[journal.HEAD.size :] for record in crafted]
+    payloads += [
+        b"",
+        b"[]\n",
+        b"null\n",
+        b"7\n",
+        b"\xff\xfe\n",
+        b"[" * 100_000,
+        b"{}\n",
+        b'{"kind": {}}\n',
+    ]
+    for payload in payloads:
+        head = journal.HEAD.pack(journal.MAGIC, len(payload), zlib.crc32(payload))
+        path.write_bytes(whole + head + payload + encode(right))
+        records, end = journal.read(path)
+        assert ([record.fields["first"] for record in records], end) == ([1], len(whole)), payload
+    path.write_bytes(whole + encode(right))
+    assert len(journal.read(path)[0]) == 2
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_refused_at_once(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "journal")
+    with pytest.raises(OSError, match="no regular file"):
+        journal.read(tmp_path / "journal")
 
 
 def test_a_flipped_bit_anywhere_ends_what_is_read(tmp_path: Path) -> None:
@@ -335,7 +389,7 @@ arrays = {name: np.zeros(9, dtype) for name, dtype in journal.ARRAYS.items()}
 failed = 0
 for written in range(20):
     try:
-        full.train(1, arrays, 0, 1, 0.1)
+        full.train(1 + 9 * (written - failed), arrays, 0, 1, 0.1)
     except OSError:
         failed += 1
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -368,7 +422,7 @@ def test_what_a_full_disk_took_of_a_record_is_cut_off_again(
     half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = start(tmp_path)
-    written.event("evaluation", step=0)
+    written.evaluation(0, measured(0))
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", fill_disk_after(0, half))
         for _ in range(3):
@@ -603,7 +657,7 @@ def test_a_step_that_differs_by_one_bit_is_irreproducible(
     with (
         resumed(folder) as written,
         pytest.raises(
-            Irreproducible, match=f"results: step {step}: train/{name} was .* now; .*--fresh"
+            Irreproducible, match=f"differs: step {step}: train/{name} was .* now; .*--fresh"
         ),
     ):
         written.train(6, computed, 0, 1, 0.5)
