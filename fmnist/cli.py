@@ -173,6 +173,7 @@ def run(
     from fmnist import experiments, state
 
     root = _home()
+    _tell_faults(root)
     folder = None if resume is None else state.find(root, resume)
     if fresh and resume:
         raise UserError("--fresh starts anew and --resume goes on; give one of the two")
@@ -229,6 +230,7 @@ def extend(
     """Train a finished run on, as a new run that begins with its steps."""
     from fmnist import runner
 
+    _tell_faults(_home())
     with _recorded(run, "FINISHED", runner.ARTIFACTS) as (found, folder):
         _train(
             lambda context: [
@@ -352,6 +354,7 @@ def sweep(
         )
     root = _home()
     found = sweeps.load(name, root)
+    _tell_faults(root)
 
     def start() -> "sweeping.Workers":
         if on == "ray":
@@ -593,13 +596,26 @@ def promote(
 # ---- data, sync, doctor, report
 
 
+def _tell_faults(root: Path) -> bool:
+    """Name the runs on disk of which something can't be read; whether there are any."""
+    if not any((root / "mlruns" / "state").glob("[!.]*")):
+        return False
+    from fmnist import state  # numpy comes with it
+
+    found = list(state.faults(root))
+    for fault in found:
+        _tell(f"{fault.what}; {fault.remedy}")
+    return bool(found)
+
+
 def _look_after(root: Path) -> None:
-    """Tell of runs that stopped midway, and see to it that what isn't in MLflow yet gets there."""
+    """Tell of runs that stopped midway or are damaged, and see to it that what isn't in MLflow yet gets there."""
     from fmnist import spec as specs
 
+    _tell_faults(root)
     if not any((root / "mlruns" / "state").glob("[!.]*")):
         return
-    from fmnist import state  # numpy comes with it
+    from fmnist import state
 
     folders = state.state_folders(root)
     for folder in folders:
@@ -663,9 +679,10 @@ def sync(
             "--to copies the local store, and MLFLOW_TRACKING_URI names a server: unset it"
         )
     done = sidecar.sync(specs.home(), _tell if as_json else print)
-    lines = [] if done else ["nothing to carry over: every run is in MLflow"]
+    damaged = _tell_faults(specs.home())
+    lines = [] if done or damaged else ["nothing to carry over: every run is in MLflow"]
     moved = [] if to is None else _move(to, as_json)
-    troubled = any(run["error"] for run in done) or any(run["problem"] for run in moved)
+    troubled = damaged or any(run["error"] for run in done) or any(run["problem"] for run in moved)
     _answer({"runs": done, "moved": moved}, [] if moved else lines, as_json, 1 if troubled else 0)
 
 

@@ -272,8 +272,8 @@ def _take_up(folder: StateFolder, spec: specs.ExperimentSpec, context: Context) 
     journal = Journal.resume(folder)
     try:
         state = _newest_checkpoint(journal, spec, context.say)
-        if context.store is not None:
-            folder.assign(context.store)
+        if context.store is not None or folder.recovered:
+            folder.assign(context.store or store)
     except BaseException:
         journal.release()
         raise

@@ -443,6 +443,50 @@ def test_resume_refuses_what_it_cant_continue_and_doctor_tells_what_to_do(
     assert findings["store"]["what"] == "store: none yet, the first run makes it"
 
 
+@pytest.mark.usefixtures("with_store")
+def test_one_bad_folder_is_named_by_every_command_and_keeps_none_from_its_work(
+    fmnist: Fmnist, home: Path
+) -> None:
+    spec = experiments.load("baseline", [*SMALL[3::2]], home).spec
+    environment = {"git_commit": None, "command": "fmnist run baseline", "packages": {"torch": "2"}}
+    folders = []
+    for _ in range(4):
+        made = state.Journal.create(home, spec, "bad", environment, "local")
+        made.event("end", status="KILLED", reason="stopped", resumable=True)
+        made.release()
+        folders.append(made.folder)
+    recovered, lost, unknown, piped = folders
+    (recovered / "run.json").write_text("")
+    for name in ("run.json", "spec.yaml"):
+        (lost / name).write_text("[]")
+    (unknown / "environment.json").write_text("null")
+    (piped / "journal").unlink()
+    os.mkfifo(piped / "journal")
+
+    def named(*arguments: str) -> "tuple[subprocess.CompletedProcess[str], list[bool]]":
+        result = fmnist(*arguments)
+        assert "Traceback" not in result.stderr, result.stderr
+        told = [
+            line
+            for line in (result.stdout + result.stderr).splitlines()
+            if "json: " in line or "left alone" in line
+        ]
+        return result, [any(folder.name in line for line in told) for folder in folders]
+
+    for arguments in (["list"], ["runs"], ["doctor"]):
+        assert named(*arguments)[1] == [True] * 4, arguments
+    result, told = named(*SMALL, "--no-sync", "--json")
+    assert (result.returncode, told) == (0, [True] * 4)
+    assert json.loads(result.stdout)["key"] == recovered.name
+    result, told = named(*SMALL, "--no-sync", "--json", "--fresh")
+    assert (result.returncode, told) == (0, [False, True, True, True])
+    result, told = named("sync")
+    assert (result.returncode, told) == (1, [False, True, True, True])
+    assert result.stdout.count(": FINISHED") == 2
+    assert [folder.path for folder in state.state_folders(home)] == [unknown]
+    assert all(folder.exists() for folder in (lost, unknown, piped))
+
+
 def test_doctor_names_every_trouble(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -865,6 +865,126 @@ def test_a_spec_changed_on_disk_is_refused(tmp_path: Path) -> None:
     assert folder.spec == SPEC
 
 
+# ---- folders that are damaged
+
+WRONG = [b"", b"{", b"{}", b"[]", b"null", b"7", b"\xff", b"[" * 100_000]
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    **{f"{word[:7]!r}": lambda path, word=word: path.write_bytes(word) for word in WRONG},
+    "a wrong type": lambda path: path.write_text(
+        json.dumps({key: [1] for key in json.loads(path.read_bytes())})
+    ),
+    "gone": Path.unlink,
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_whose_run_json_is_damaged_is_recovered(damage: str, tmp_path: Path) -> None:
+    folder, other = interrupted(tmp_path), interrupted(tmp_path)
+    DAMAGES[damage](folder.path / "run.json")
+    found, beside = state.state_folders(tmp_path)
+    assert (found.path, beside) == (folder.path, other)
+    lost: dict[str, Any] = {"name": "small", "store": None, "extends": None}
+    assert abs(found.run["started_ms"] - folder.run["started_ms"]) < 50
+    lost["started_ms"] = found.run["started_ms"]
+    assert found.run == {**folder.run, **lost}
+    assert found.resumable
+    assert found.run["fingerprint"] not in state.at_hand(tmp_path)
+    [fault] = state.faults(tmp_path)
+    assert folder.path.name in fault.what
+    assert "\n" not in fault.what
+    if damage not in ("a folder",):
+        found.assign("local")
+        assert StateFolder.at(folder.path).run == {**folder.run, **lost, "store": "local"}
+        assert list(state.faults(tmp_path)) == []
+
+
+def both(folder: StateFolder) -> None:
+    for name in ("run.json", "spec.yaml"):
+        (folder.path / name).write_text("")
+
+
+BEYOND: dict[str, Callable[[StateFolder], object]] = {
+    "run.json and spec.yaml": both,
+    "run.json, with another's spec.yaml": lambda folder: (
+        (folder.path / "run.json").write_text(""),
+        (folder.path / "spec.yaml").write_text(experiments.dump(SPEC.model_copy(update={"data": specs.Data(holdout=10)}))),
+    ),
+    "run.json, with another name": lambda folder: (
+        (folder.path / "run.json").write_text(""),
+        folder.path.rename(folder.path.with_name("renamed")),
+    ),
+    "a pipe for a journal": lambda folder: DAMAGES["a pipe"](folder.path / "journal"),
+    "a folder for a journal": lambda folder: DAMAGES["a folder"](folder.path / "journal"),
+    "a link for a journal": lambda folder: link(folder.path / "journal"),
+    "a link for a lock": lambda folder: link(folder.path / "lock"),
+    "a pipe for a lock": lambda folder: DAMAGES["a pipe"](folder.path / "lock"),
+}  # fmt: skip
+
+
+def link(path: Path) -> None:
+    elsewhere = path.parent.parent.parent / "precious"
+    elsewhere.write_text("as it was")
+    path.unlink()
+    path.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize("damage", BEYOND)
+def test_a_folder_that_cant_be_used_leaves_the_others_alone(damage: str, tmp_path: Path) -> None:
+    folder, other = interrupted(tmp_path), interrupted(tmp_path)
+    BEYOND[damage](folder)
+    assert state.state_folders(tmp_path) == [other]
+    assert state.at_hand(tmp_path) == {}
+    assert state.find(tmp_path, "small") == other
+    [fault] = state.faults(tmp_path)
+    assert "can't be used and is left alone" in fault.what
+    assert "\n" not in fault.what
+    if (precious := tmp_path / "mlruns" / "precious").exists():
+        assert precious.read_text() == "as it was"
+
+
+@pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "gone"])
+def test_a_damaged_note_is_none(damage: str, tmp_path: Path) -> None:
+    folder = interrupted(tmp_path)
+    folder.note(run_id="a", offset=3)
+    assert list(state.faults(tmp_path)) == []
+    DAMAGES[damage](folder.path / "mlflow.json")
+    assert folder.carried == {}
+    assert folder.resumable
+    assert [fault.remedy for fault in state.faults(tmp_path)] == (
+        [] if damage == "b'{}'" else ["fmnist sync looks in MLflow"]
+    )
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_that_does_not_know_where_it_began_is_named_and_not_continued(
+    damage: str, tmp_path: Path
+) -> None:
+    folder, other = interrupted(tmp_path), interrupted(tmp_path)
+    DAMAGES[damage](folder.path / "environment.json")
+    assert [each.resumable for each in state.state_folders(tmp_path)] == [False, True]
+    with pytest.raises(StoreError, match=r"can't be read.*--fresh"):
+        _ = folder.environment
+    [fault] = state.faults(tmp_path)
+    assert "environment.json" in fault.what
+    assert f"rm -r {folder.path}" in fault.remedy
+    assert other.environment["packages"] == {"torch": "2"}
+
+
+def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
+    folder, target = interrupted(tmp_path), tmp_path / "precious"
+    target.write_text("as it was")
+    for name in ("mlflow.json", "run.json"):
+        (folder.path / f"{name}.partial").symlink_to(target)
+    folder.note(run_id="a")
+    folder.assign("local")
+    link(folder.path / "lock")
+    with pytest.raises(OSError, match="symbolic links"):
+        Journal.resume(folder)
+    assert target.read_text() == (tmp_path / "mlruns" / "precious").read_text() == "as it was"
+
+
 # ---- finding one
 
 
