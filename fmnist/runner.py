@@ -19,6 +19,8 @@ from fmnist import spec as specs
 from fmnist.errors import Diverged, SpecError, StoreError
 from fmnist.journal import Result, from_curves
 from fmnist.state import (
+    AWAITED,
+    Claims,
     Journal,
     StateFolder,
     at_hand,
@@ -195,11 +197,8 @@ def _train(requests: Sequence[Request], context: Context) -> list[Outcome]:
     _preflight(context)
     device = engines.device(first.compute, first.train.precision)
     dataset = data.load(first.data, context.root, device, context.say)
-    size, done, carrier = (
-        engines.stack_size(first.compute, device),
-        list[tuple[Journal, Outcome]](),
-        None,
-    )
+    size, outcomes = engines.stack_size(first.compute, device), list[Outcome]()
+    carrier, awaited = None, None
     for start in range(0, len(requests), size):
         chosen = requests[start : start + size]
         if len(requests) > 1:
@@ -208,19 +207,25 @@ def _train(requests: Sequence[Request], context: Context) -> list[Outcome]:
             )
         stacks = _begin(chosen, dataset, context)
         carrier = start_carrier(context.root) if context.sync else None
+        if context.sync and context.wait and awaited is None:
+            awaited = Claims(context.root, AWAITED)
         with signals() as caught:
             for stack in stacks:
                 stack.train(context.watch, caught, context.prune)
         for stack in stacks:
-            done += [(training.journal, training.outcome) for training in stack.trainings]
+            for training in stack.trainings:
+                outcomes.append(training.outcome)
+                if awaited is not None:
+                    awaited.take(training.outcome.key)
+                training.journal.release()
             stack.trainings.clear()  # each holds its stack: without this circle the engine goes at once
         if caught:
             break
-    outcomes = [outcome for _, outcome in done]
     if context.wait:
         hand_over(outcomes, context, carrier)
-    for journal, outcome in done:
-        journal.release()
+    if awaited is not None:
+        awaited.close()
+    for outcome in outcomes:
         outcome.total_s = time.monotonic() - began
     return outcomes
 
@@ -410,6 +415,9 @@ def _wait_for_carrier(
         if not held and (carrier is None or carrier.poll() is not None):
             carrier = start_carrier(context.root)
         if not folder.path.exists():
+            return
+        if outcome.resumable and folder.running:
+            outcome.unsynced = f"it is being continued by {folder.holder}"
             return
         time.sleep(POLL_S)
         quiet_s += (

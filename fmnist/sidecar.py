@@ -134,7 +134,7 @@ def _settled(folder: StateFolder) -> bool:
     ):
         return False
     if (
-        not folder.unfinished and not folder.running
+        not folder.awaited and not folder.unfinished and not folder.running
     ):  # in this order: one that is unfinished may be continued at any moment
         folder.remove()
     return True

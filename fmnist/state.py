@@ -37,6 +37,9 @@ from fmnist import spec as specs
 from fmnist.errors import Irreproducible, StoreError, UserError
 from fmnist.journal import ARRAYS, Record, Recorded, Result, Unequal, encode, read, unequal_values
 
+AWAITED = "awaited"
+"""The claims on runs that ended, by the commands that wait for them to be in MLflow: their folders stay till then."""
+
 
 def now_ms() -> int:
     return time.time_ns() // 1_000_000
@@ -419,6 +422,18 @@ class StateFolder:
         return is_locked(self.path / "lock")
 
     @property
+    def awaited(self) -> bool:
+        """Whether another process, which trained it, is still to read here how it was closed."""
+        root = self.path.parents[2]
+        if not (root / "mlruns" / AWAITED).exists():
+            return False
+        others = Claims(root, AWAITED)
+        try:
+            return not others.take(self.path.name)
+        finally:
+            others.close()
+
+    @property
     def carried(self) -> dict[str, Any]:
         """What who carries it has noted: run_id, offset, closed, error; empty before it begins."""
         with contextlib.suppress(OSError, ValueError):
@@ -566,19 +581,30 @@ def at_hand(root: Path) -> dict[str, Result]:
 
 
 class Claims:
-    """Who trains what, where several processes work on the same runs: a byte of a file each, locked until its holder lets go or dies."""
+    """Who has what, where several processes work in the same root: a byte of a file for each thing, locked until its holder lets go or dies.
 
-    def __init__(self, root: Path) -> None:
+    One descriptor is enough for any number of them. What a process holds is lost when it closes the file, however often it opened it.
+    """
+
+    def __init__(self, root: Path, kind: str = "claims") -> None:
         (root / "mlruns").mkdir(exist_ok=True)
-        self._file = open(root / "mlruns" / "claims", "ab")  # noqa: SIM115 - to close it would let go of all
+        self._file = files.open_lock(root / "mlruns" / kind)
 
-    def take(self, fingerprint: str) -> bool:
-        """Claim a run, unless another process has it."""
+    @staticmethod
+    def _place(name: str) -> int:
+        return int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
+
+    def take(self, name: str) -> bool:
+        """Claim something, unless another process has it."""
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(fingerprint[:15], 16))
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._place(name))
         except BlockingIOError:
             return False
         return True
 
-    def release(self, fingerprint: str) -> None:
-        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, int(fingerprint[:15], 16))
+    def release(self, name: str) -> None:
+        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, self._place(name))
+
+    def close(self) -> None:
+        """Let go of all."""
+        os.close(self._file)
