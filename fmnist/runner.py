@@ -31,6 +31,7 @@ from fmnist.state import (
     start_carrier,
     state_folder,
     state_folders,
+    unwritable,
 )
 from fmnist.training import Outcome, Stack, State, Training
 
@@ -245,8 +246,7 @@ def _begin(requests: Sequence[Request], dataset: data.Dataset, context: Context)
             taken[0].release()
         if not isinstance(error, OSError):
             raise
-        what = f"{context.root / 'mlruns'}: can't be written: {error.strerror or error}"
-        raise StoreError(f"{what}; mend that or set FMNIST_HOME to another folder") from None
+        raise unwritable(context.root, error) from None
 
 
 def _stack(

@@ -21,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,22 @@ def now_ms() -> int:
 
 def state_folder(root: Path) -> Path:
     return root / "mlruns" / "state"
+
+
+def unwritable(root: Path, error: OSError) -> StoreError:
+    what = f"{root / 'mlruns'}: can't be written: {error.strerror or error}"
+    return StoreError(f"{what}; mend that or set FMNIST_HOME to another folder")
+
+
+def check_writable(root: Path) -> None:
+    """Raise StoreError where no run can be begun here."""
+    folder = state_folder(root)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for place in (folder, folder.parent):
+            tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise unwritable(root, error) from None
 
 
 def carrier_lock(root: Path, store: str = "local") -> Path:

@@ -121,6 +121,7 @@ def run(sweep: Sweep, start: Callable[[], Workers], watch: Callable[[Standing], 
     conduct.look()
     if conduct.complete():
         return conduct.standing
+    state.check_writable(sweep.root)
     with signals() as caught:
         conduct.workers = start()
         try:

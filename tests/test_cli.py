@@ -177,6 +177,27 @@ def test_nothing_is_trained_where_a_server_cant_say_what_is_there(
     refused(result, home, "what is recorded already can't be asked", "the same command again")
 
 
+@pytest.mark.parametrize("file", ["mlruns", "mlruns/state"])
+def test_a_sweep_that_cant_write_its_runs_is_one_line(
+    fmnist: Fmnist, home: Path, file: str
+) -> None:
+    (home / file).parent.mkdir(exist_ok=True)
+    (home / file).touch()
+    result = fmnist("sweep", "sweep-lr", "--jobs", "2")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"fmnist: \S+mlruns: can't be written: .+\n", result.stderr), result.stderr
+
+
+def test_workers_that_cant_begin_say_so_in_one_line(fmnist: Fmnist, home: Path) -> None:
+    (home / "mlruns").mkdir()
+    (home / "mlruns" / "claims").mkdir()
+    result = fmnist("sweep", "sweep-lr", "--jobs", "2")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"fmnist: the workers can't begin: .*claims.*\n", result.stderr), (
+        result.stderr
+    )
+
+
 def test_report_on_an_empty_home_names_the_remedy_and_creates_nothing(
     fmnist: Fmnist, home: Path
 ) -> None:
