@@ -7,7 +7,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
@@ -272,13 +271,13 @@ def _recorded(
     text: str, status: str | None, artifacts: "Sequence[str]"
 ) -> "Iterator[tuple[pd.Series, Path]]":
     """A run in the store, and a folder with these of its artifacts, each verified."""
-    from fmnist import tracking
+    from fmnist import files, tracking
 
     store = tracking.connect(_home())
     found = tracking.the_one(store.runs(status), text)
-    with tempfile.TemporaryDirectory(prefix="fmnist-") as folder:
-        store.artifacts(found["run_id"], artifacts, Path(folder))
-        yield found, Path(folder)
+    with files.scratch() as folder:
+        store.artifacts(found["run_id"], artifacts, folder)
+        yield found, folder
 
 
 def _train(

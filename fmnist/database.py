@@ -4,7 +4,6 @@ mlflow itself is imported inside `prepare`, after the settings that it reads onc
 """
 
 import contextlib
-import fcntl
 import json
 import shlex
 import sqlite3
@@ -16,6 +15,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from fmnist import files
 from fmnist import spec as specs
 from fmnist.errors import StoreError
 from fmnist.journal import Result
@@ -76,10 +76,8 @@ def prepare(root: Path) -> None:
         )
     path, artifacts = database(root), root / "mlruns" / "artifacts"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(
-        path.parent / ".lock", "w"
-    ) as lock:  # MLflow's own creation is not safe when several processes begin at once
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    # MLflow's own creation is not safe when several processes begin at once
+    with files.locked(path.parent / ".lock"):
         if not path.exists():
             partial = path.with_suffix(".db.partial")
             partial.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ A study is kept in mlruns/searches.db, by name; it belongs to no process, and se
 """
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from optuna.distributions import (
 )
 from optuna.trial import TrialState
 
+from fmnist import files
 from fmnist import spec as specs
 from fmnist.journal import Result
 from fmnist.sweeps import Dimension, Search, Sweep, Trial
@@ -67,8 +67,7 @@ class Study:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the lock of all studies, against other processes."""
-        with open(self._folder / ".searches.lock", "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with files.locked(self._folder / ".searches.lock"):
             yield
 
     def _pruner(self) -> optuna.pruners.BasePruner:

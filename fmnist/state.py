@@ -38,6 +38,8 @@ from fmnist import spec as specs
 from fmnist.errors import Irreproducible, StoreError, UserError
 from fmnist.journal import ARRAYS, Record, Recorded, Result, Unequal, encode, read, unequal_values
 
+LEFT_BEHIND = re.compile(r"\.(removed-)?.+-s\d+-[0-9a-f]{8}-\d{8}T\d{12}(-\d+)?")
+"""A state folder before it has its name, when nothing was trained yet, or after it was removed, when all of it is in MLflow."""
 AWAITED = "awaited"
 """The claims on runs that ended, by the commands that wait for them to be in MLflow: their folders stay till then."""
 
@@ -226,6 +228,9 @@ class Journal:
             state_folder(root) / f"{spec.name}-s{spec.train.seed}-{spec.fingerprint[:8]}-{stamp}"
         )
         partial = folder.with_name(f".{folder.name}-{os.getpid()}")
+        for left in state_folder(root).glob(".*"):  # by processes that were killed
+            if LEFT_BEHIND.fullmatch(left.name):
+                files.sweep_out(left, "lock")
         started = min(
             [now_ms(), *(record.fields["t0"] for record in records if record.kind == "train")]
         )

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -25,7 +26,7 @@ from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmnist import experiments, journal, state
+from fmnist import experiments, files, journal, state
 from fmnist import spec as specs
 from fmnist.errors import Irreproducible, StoreError, UserError
 from fmnist.journal import ARRAYS, Record, Recorded, encode
@@ -238,6 +239,54 @@ def test_a_note_replaces_the_one_before(tmp_path: Path) -> None:
     assert list(folder.path.glob("*.partial")) == []
     (folder.path / "mlflow.json").write_text('{"run_id"')
     assert folder.carried == {}
+
+
+def test_what_a_kill_left_is_swept_out_by_the_next_run(tmp_path: Path) -> None:
+    folder = state.state_folder(tmp_path)
+    key = interrupted(tmp_path).path.name
+    gone = [f".{key}-4711", f".removed-{key}", f".removed-{key}-12"]
+    kept = [".mine", f".{key}-young", f".{key}-17"]
+    for name in gone + kept:
+        (folder / name / "deeper").mkdir(parents=True)
+        (folder / name / "lock").touch()
+    for name in gone:
+        os.utime(folder / name, (0, 0))
+    os.utime(folder / ".mine", (0, 0))
+    os.utime(folder / f".{key}-17", (0, 0))
+    with open(folder / f".{key}-17" / "lock") as held:  # by a process that is making it
+        fcntl.flock(held, fcntl.LOCK_EX)
+        start(tmp_path)
+    left = {path.name for path in folder.glob(".*")}
+    assert left == set(kept)
+
+
+def test_scratch_folders_of_killed_processes_are_swept_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(files, "SETTLED_S", 0)
+    code = "import os, signal; from fmnist import files\nwith files.scratch() as folder: (folder / 'x').touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    for _ in range(2):  # the second sweeps out what the first left, if it is old enough
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", code], env=environment)
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "fmnist-scratch-link").symlink_to(REPOSITORY)
+    with files.scratch() as mine, files.scratch() as another:
+        assert {*tmp_path.iterdir()} == {mine, another, tmp_path / "fmnist-scratch-link"}
+    assert [path.name for path in tmp_path.iterdir()] == ["fmnist-scratch-link"]
+
+
+def test_a_lock_is_not_taken_through_a_planted_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("as it was")
+    (tmp_path / "lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic links"), files.locked(tmp_path / "lock"):
+        pass
+    with pytest.raises(OSError, match="symbolic links"):
+        state.is_locked(tmp_path / "lock")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no regular file"), files.locked(tmp_path / "pipe"):
+        pass
+    assert (tmp_path / "precious").read_text() == "as it was"
 
 
 def test_a_removed_folder_is_gone(tmp_path: Path) -> None:
