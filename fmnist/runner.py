@@ -217,7 +217,7 @@ def _train(requests: Sequence[Request], context: Context) -> list[Outcome]:
             for training in stack.trainings:
                 outcomes.append(training.outcome)
                 if awaited is not None:
-                    awaited.take(training.outcome.key)
+                    awaited.take(training.outcome.key, patience_s=0.25)
                 training.journal.release()
             stack.trainings.clear()  # each holds its stack: without this circle the engine goes at once
         if caught:

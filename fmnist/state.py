@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -160,7 +160,7 @@ class NoteFile(_File):
     run_id: str = ""
     experiment_id: str = ""
     offset: Annotated[int, Field(ge=0)] = 0
-    closed: Literal["FINISHED", "FAILED", "KILLED", "DELETED"] | None = None
+    closed: str | None = None
     reason: str | None = None
     error: str | None = None
     store: str = ""
@@ -616,13 +616,16 @@ class Claims:
     def _place(name: str) -> int:
         return int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
 
-    def take(self, name: str) -> bool:
-        """Claim something, unless another process has it."""
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._place(name))
-        except BlockingIOError:
-            return False
-        return True
+    def take(self, name: str, patience_s: float = 0.0) -> bool:
+        """Claim something, unless another process has it for longer than this: who only looks has it for a moment too."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._place(name))
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.005)
 
     def release(self, name: str) -> None:
         fcntl.lockf(self._file, fcntl.LOCK_UN, 1, self._place(name))

@@ -188,6 +188,18 @@ def test_a_sweep_that_cant_write_its_runs_is_one_line(
     assert re.fullmatch(r"fmnist: \S+mlruns: can't be written: .+\n", result.stderr), result.stderr
 
 
+@pytest.mark.parametrize("arguments", [("show",), ("sweep", "--jobs", "1")])
+def test_a_junk_record_of_searches_is_one_line(
+    fmnist: Fmnist, home: Path, arguments: tuple[str, ...]
+) -> None:
+    (home / "mlruns").mkdir()
+    (home / "mlruns" / "searches.db").write_text("junk" * 1000)
+    result = fmnist(arguments[0], "search-recipe", *arguments[1:])
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"fmnist: \S+searches.db can't be used: .*move it away.*\n", result.stderr)
+    assert (home / "mlruns" / "searches.db").read_text() == "junk" * 1000
+
+
 def test_workers_that_cant_begin_say_so_in_one_line(fmnist: Fmnist, home: Path) -> None:
     (home / "mlruns").mkdir()
     (home / "mlruns" / "claims").mkdir()

@@ -241,6 +241,34 @@ def test_a_note_replaces_the_one_before(tmp_path: Path) -> None:
     assert folder.carried == {}
 
 
+CLAIM = """
+import sys, time
+from pathlib import Path
+from fmnist import state
+claims = state.Claims(Path(sys.argv[1]), sys.argv[2])
+print(*(claims.take(name) for name in ("mine", "yours")), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_claim_is_one_processs_until_it_lets_go(tmp_path: Path) -> None:
+    claims = state.Claims(tmp_path, state.AWAITED)
+    assert claims.take("mine")
+    other = subprocess.Popen(
+        [sys.executable, "-c", CLAIM, str(tmp_path), state.AWAITED],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "False True\n"
+    assert not claims.take("yours")
+    letting_go = threading.Timer(0.1, other.communicate)
+    letting_go.start()
+    assert claims.take("yours", patience_s=20)
+    letting_go.join()
+
+
 def test_what_a_kill_left_is_swept_out_by_the_next_run(tmp_path: Path) -> None:
     folder = state.state_folder(tmp_path)
     key = interrupted(tmp_path).path.name

@@ -47,7 +47,7 @@ ALLOWED = {
     "database": {"files", "spec", "journal", "errors"},
     "tracking": {"database", "spec", "journal", "errors"},
     "sweeps": {"experiments", "spec", "errors"},
-    "search": {"files", "journal", "spec", "sweeps"},
+    "search": {"database", "files", "journal", "spec", "sweeps"},
     "workers": {
         "database",
         "engine",
