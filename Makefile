@@ -97,4 +97,5 @@ lock: setup  ## compile the lock files anew from pyproject.toml (needs uv)
 	@uv pip compile --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 -c requirements.lock --extra ray --extra server pyproject.toml tests/requirements-services.in -o requirements-services.lock
 
 clean:  ## remove .venv and caches; never mlruns/ or data/
+	@rm -f .venv/stamp .venv-bench/stamp .venv-services/stamp  # first: half an environment must not pass for whole
 	@rm -rf .venv .venv.lock .venv-bench .venv-bench.lock .venv-services .venv-services.lock build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info && find . -name __pycache__ -not -path './data/*' -not -path './mlruns/*' -prune -exec rm -rf {} +

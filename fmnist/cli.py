@@ -2,11 +2,11 @@
 
 import dataclasses
 import gc
+import io
 import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
@@ -34,7 +34,41 @@ app = typer.Typer(
 MOST_SEEDS = 1_000
 
 
+class Stream(io.FileIO):
+    """Standard output or error whose reader may go away: words are not the work, so they go nowhere then and the work goes on."""
+
+    def __init__(self, number: int, forgive: type[OSError]) -> None:
+        super().__init__(number, "w", closefd=False)
+        self._forgive = forgive
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except self._forgive:
+            return len(data)
+
+
+def _open_streams() -> None:
+    """Have the three standard streams open, none of which can end the work; what their encoding lacks is replaced."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: else the next file, a journal perhaps, got its number
+            os.open(os.devnull, os.O_RDWR)
+    # A full disk that takes no words is forgiven; one that takes no result is told.
+    for name, number, forgive in (("stdout", 1, BrokenPipeError), ("stderr", 2, OSError)):
+        encoding = getattr(getattr(sys, name), "encoding", None)
+        stream = io.TextIOWrapper(
+            io.BufferedWriter(Stream(number, forgive)),
+            encoding=encoding,
+            errors="replace",
+            line_buffering=True,
+        )
+        setattr(sys, name, stream)
+
+
 def main() -> None:
+    _open_streams()
     gc.set_threshold(
         100_000
     )  # the imports make half a million objects to keep, and looking through them took a seventh of their time
@@ -69,7 +103,8 @@ def _tell(text: str) -> None:
 
 def _answer(value: dict[str, Any], lines: Iterable[str], as_json: bool, exit_code: int = 0) -> None:
     """What a command found: one JSON object, or lines for people."""
-    for line in [json.dumps(value, indent=2, ensure_ascii=False)] if as_json else lines:
+    plain = not (sys.stdout.encoding or "").lower().startswith("utf")  # which JSON can do with
+    for line in [json.dumps(value, indent=2, ensure_ascii=plain)] if as_json else lines:
         print(line, flush=True)
     if exit_code:
         raise typer.Exit(exit_code)
@@ -137,6 +172,7 @@ def run(
     from fmnist import experiments, state
 
     root = _home()
+    _tell_faults(root)
     folder = None if resume is None else state.find(root, resume)
     if fresh and resume:
         raise UserError("--fresh starts anew and --resume goes on; give one of the two")
@@ -193,6 +229,7 @@ def extend(
     """Train a finished run on, as a new run that begins with its steps."""
     from fmnist import runner
 
+    _tell_faults(_home())
     with _recorded(run, "FINISHED", runner.ARTIFACTS) as (found, folder):
         _train(
             lambda context: [
@@ -234,13 +271,13 @@ def _recorded(
     text: str, status: str | None, artifacts: "Sequence[str]"
 ) -> "Iterator[tuple[pd.Series, Path]]":
     """A run in the store, and a folder with these of its artifacts, each verified."""
-    from fmnist import tracking
+    from fmnist import files, tracking
 
     store = tracking.connect(_home())
     found = tracking.the_one(store.runs(status), text)
-    with tempfile.TemporaryDirectory(prefix="fmnist-") as folder:
-        store.artifacts(found["run_id"], artifacts, Path(folder))
-        yield found, Path(folder)
+    with files.scratch() as folder:
+        store.artifacts(found["run_id"], artifacts, folder)
+        yield found, folder
 
 
 def _train(
@@ -316,6 +353,7 @@ def sweep(
         )
     root = _home()
     found = sweeps.load(name, root)
+    _tell_faults(root)
 
     def start() -> "sweeping.Workers":
         if on == "ray":
@@ -557,13 +595,26 @@ def promote(
 # ---- data, sync, doctor, report
 
 
+def _tell_faults(root: Path) -> bool:
+    """Name the runs on disk of which something can't be read; whether there are any."""
+    if not any((root / "mlruns" / "state").glob("[!.]*")):
+        return False
+    from fmnist import state  # numpy comes with it
+
+    found = list(state.faults(root))
+    for fault in found:
+        _tell(f"{fault.what}; {fault.remedy}")
+    return bool(found)
+
+
 def _look_after(root: Path) -> None:
-    """Tell of runs that stopped midway, and see to it that what isn't in MLflow yet gets there."""
+    """Tell of runs that stopped midway or are damaged, and see to it that what isn't in MLflow yet gets there."""
     from fmnist import spec as specs
 
+    _tell_faults(root)
     if not any((root / "mlruns" / "state").glob("[!.]*")):
         return
-    from fmnist import state  # numpy comes with it
+    from fmnist import state
 
     folders = state.state_folders(root)
     for folder in folders:
@@ -627,9 +678,10 @@ def sync(
             "--to copies the local store, and MLFLOW_TRACKING_URI names a server: unset it"
         )
     done = sidecar.sync(specs.home(), _tell if as_json else print)
-    lines = [] if done else ["nothing to carry over: every run is in MLflow"]
+    damaged = _tell_faults(specs.home())
+    lines = [] if done or damaged else ["nothing to carry over: every run is in MLflow"]
     moved = [] if to is None else _move(to, as_json)
-    troubled = any(run["error"] for run in done) or any(run["problem"] for run in moved)
+    troubled = damaged or any(run["error"] for run in done) or any(run["problem"] for run in moved)
     _answer({"runs": done, "moved": moved}, [] if moved else lines, as_json, 1 if troubled else 0)
 
 

@@ -3,7 +3,6 @@
 Shapes: N images, B batch, P = 784 pixels.
 """
 
-import fcntl
 import gzip
 import hashlib
 import shutil
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fmnist import files
 from fmnist import spec as specs
 from fmnist.errors import DataError
 
@@ -111,8 +111,9 @@ def ensure(
     raw = raw_folder(root)
     try:
         raw.mkdir(parents=True, exist_ok=True)
-        with open(root / "data" / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with files.locked(root / "data" / ".lock"):
+            for left in raw.glob(".fetch-*"):  # by a process that was killed: we hold its lock
+                shutil.rmtree(left)
             wanted = faults(root)  # again: another process may have fetched them meanwhile
             for name, fault in wanted.items():
                 if fault != "missing":

@@ -4,7 +4,6 @@ mlflow itself is imported inside `prepare`, after the settings that it reads onc
 """
 
 import contextlib
-import fcntl
 import json
 import shlex
 import sqlite3
@@ -16,6 +15,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from fmnist import files
 from fmnist import spec as specs
 from fmnist.errors import StoreError
 from fmnist.journal import Result
@@ -76,10 +76,8 @@ def prepare(root: Path) -> None:
         )
     path, artifacts = database(root), root / "mlruns" / "artifacts"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(
-        path.parent / ".lock", "w"
-    ) as lock:  # MLflow's own creation is not safe when several processes begin at once
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    # MLflow's own creation is not safe when several processes begin at once
+    with files.locked(path.parent / ".lock"):
         if not path.exists():
             partial = path.with_suffix(".db.partial")
             partial.unlink(missing_ok=True)
@@ -152,24 +150,18 @@ def _relocate(connection: sqlite3.Connection, here: Path) -> None:
 
 
 def recorded(root: Path) -> dict[str, Result]:
-    """Fingerprints of the runs that are finished, diverged or pruned, and what is known of each; this process stays without MLflow."""
-    if database(root).exists() and specs.tracking_server() is None:
+    """Fingerprints of the runs that are finished, diverged or pruned, and what is known of each; raises StoreError where the store can't be asked.
+
+    A store that does not answer may hold every one of them, so that is never taken for none. This process stays without MLflow.
+    """
+    if specs.tracking_server():
+        rows = _recorded_on_server()
+    elif database(root).exists():
         with (
             told(f"{database(root)} can't be read", "`fmnist doctor` says more"),
             sqlite(database(root)) as connection,
         ):
             rows = connection.execute(RECORDED).fetchall()
-    elif specs.tracking_server():
-        answer = subprocess.run(
-            [sys.executable, "-m", "fmnist", "runs", "--json"], capture_output=True, text=True
-        )
-        found = (
-            json.loads(answer.stdout)["runs"] if answer.returncode == 0 else []
-        )  # there may be none yet
-        rows = [
-            (run["fingerprint"], run["outcome"], run["run_id"], run["val_accuracy"])
-            for run in found
-        ]
     else:
         rows = []
     counted = (row for row in rows if row[1] in ("finished", "diverged", "pruned"))
@@ -177,6 +169,23 @@ def recorded(root: Path) -> dict[str, Result]:
         key: Result(outcome, f"{outcome} already, as run {run_id[:8]}", accuracy)
         for key, outcome, run_id, accuracy in counted
     }
+
+
+def _recorded_on_server() -> list[tuple[str, str, str, float | None]]:
+    """The same columns as RECORDED, of the runs at MLFLOW_TRACKING_URI, by a process that imports MLflow."""
+    command = [sys.executable, "-m", "fmnist", "runs", "--json"]
+    answer = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    with told(
+        "what is recorded already can't be asked",
+        "see that the server answers (`fmnist runs`), and give the same command again",
+    ):
+        if answer.returncode != 0:
+            lines = answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"]
+            raise RuntimeError(lines[-1].removeprefix("fmnist: "))
+        return [
+            (run["fingerprint"], run["outcome"], run["run_id"], run["val_accuracy"])
+            for run in json.loads(answer.stdout)["runs"]
+        ]
 
 
 def seconds_per_step(root: Path, spec: specs.ExperimentSpec) -> float | None:

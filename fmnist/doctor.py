@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fmnist import data, database, tracking
+from fmnist import data, database, state, tracking
 from fmnist import spec as specs
 from fmnist.errors import UserError
 from fmnist.journal import Recorded, read
@@ -37,6 +37,7 @@ def findings(root: Path) -> Iterator[Finding]:
         None if free > FREE_BYTES else "make room: a run of 20 epochs takes 25 MB",
     )
     yield from _store(root)
+    yield from (Finding(fault.what, fault.remedy) for fault in state.faults(root))
     yield from map(describe, state_folders(root))
     for path in state_folder(root).glob(".*"):
         if not is_locked(path / "lock"):

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -21,7 +22,21 @@ BITS = (
     "stack",
     "processor",
     "torch",
+    "instructions",
+    "settings",
+    "code",
 )  # on another of these, the same arithmetic may round otherwise
+SETTINGS = (
+    "ATEN_",
+    "MKL_",
+    "ONEDNN_",
+    "DNNL_",
+    "OPENBLAS_",
+    "CUBLAS_",
+    "NVIDIA_TF32",
+    "TORCH_ALLOW_TF32",
+)
+"""How the environment variables begin that choose among implementations of the same arithmetic."""
 
 
 def facts(environment: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,6 +48,9 @@ def facts(environment: Mapping[str, Any]) -> dict[str, Any]:
         "threads",
         "stack",
         "processor",
+        "instructions",
+        "settings",
+        "code",
         "platform",
         "python",
         "fmnist",
@@ -76,6 +94,9 @@ def collect(
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "settings": _settings(),
+        "code": _code(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "triton": packages.get("triton") if device.type == "cuda" else None,
@@ -97,6 +118,22 @@ def _processor() -> str:
             next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
         )
     return platform.processor()
+
+
+def _settings() -> str | None:
+    """The environment variables that may change bits, as one text; None where none is set."""
+    found = sorted(
+        f"{key}={value}" for key, value in os.environ.items() if key.startswith(SETTINGS)
+    )
+    return " ".join(found) or None
+
+
+def _code() -> str:
+    """A digest of this package's own code: a change anywhere in it may round otherwise."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def _git(*arguments: str) -> str | None:

@@ -7,7 +7,7 @@ FmnistError
 │   ├── DeviceError              the CUDA device that was asked for can't be used
 │   └── StoreError               the record of runs can't be reached, read or written
 ├── Diverged                 3   a training loss that isn't finite
-├── Irreproducible           3   a step on record that comes out otherwise when it is computed again
+├── Irreproducible           3   a step on record that comes out otherwise when it is computed again; the run stays resumable
 └── Interrupted       128 + n    signal n ended the training: 130 for Ctrl-C, 143 for SIGTERM
 """
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from fmnist import compare, experiments
+from fmnist import compare, experiments, files
 from fmnist.compare import Group
 from fmnist.errors import StoreError, UserError
 from fmnist.journal import Point
@@ -139,8 +138,8 @@ def _write(store: Store, group: Group, made_from: str) -> None:
         "seeds": ", ".join(map(str, group.seeds)),
     }
     tags["outcome"] = "diverged" if group.finished.empty else "finished"
-    with tempfile.TemporaryDirectory(prefix="fmnist-") as folder:
-        figures = Path(folder) / "figures"
+    with files.scratch() as folder:
+        figures = folder / "figures"
         figures.mkdir()
         plots.groups({group.label: curves}).savefig(figures / "group.png")
         tags["mlflow.note.content"] = "\n".join(note)
@@ -149,7 +148,7 @@ def _write(store: Store, group: Group, made_from: str) -> None:
             members["experiment_id"].iloc[0], "group", group.key, f"{group.label} ({group.n} seeds)", tags, shared, points, list(members["run_id"]),
             int(members["start"].min()), int(members["end"].max()), "FAILED" if group.finished.empty else "FINISHED", made_from,
         )  # fmt: skip
-        store.replace(new, Path(folder))
+        store.replace(new, folder)
 
 
 def _points(group: Group, by_step: pd.DataFrame) -> Iterator[Point]:

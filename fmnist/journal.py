@@ -12,10 +12,12 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from fmnist import files
 from fmnist import spec as specs
 
 if TYPE_CHECKING:
@@ -29,6 +31,68 @@ ARRAYS: dict[str, np.dtype[Any]] = {
     "accuracy": np.dtype("<f4"),
     "lr": np.dtype("<f8"),
 }
+
+
+Milliseconds = Annotated[int, Field(ge=0, lt=10**15)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Fields(BaseModel):
+    """What the JSON of a record has to hold, so that nothing that reads it has to doubt it; more is let be."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=True)
+
+
+class _Train(_Fields):
+    kind: Literal["train"]
+    first: Annotated[int, Field(ge=1)]
+    count: Annotated[int, Field(ge=1)]
+    t0: Milliseconds
+    t1: Milliseconds
+    elapsed_s: Seconds
+
+
+class _Evaluation(_Fields):
+    kind: Literal["evaluation"]
+    t: Milliseconds
+    step: Annotated[int, Field(ge=0)]
+    epoch: Seconds
+    loss: Annotated[float, Field(alias="val/loss")]
+    accuracy: Annotated[float, Field(alias="val/accuracy")]
+    lr: Annotated[float | None, Field(alias="train/lr")]
+
+
+class _Final(_Fields):
+    kind: Literal["final"]
+    t: Milliseconds
+    metrics: dict[str, float]
+    weights: Literal["final", "best"] = "final"
+    training_s: Seconds = 0.0
+    collapsed_at: int | None = None
+    stopped_early_at: int | None = None
+    pruned_at: int | None = None
+
+
+class _End(_Fields):
+    kind: Literal["end"]
+    t: Milliseconds
+    status: Literal["FINISHED", "FAILED", "KILLED"]
+    reason: str | None = None
+    traceback: str | None = None
+    outcome: str | None = None
+    resumable: bool = False
+
+
+class _Resume(_Fields):
+    kind: Literal["resume"]
+    t: Milliseconds
+    step: Annotated[int, Field(ge=0)]
+    environment: dict[str, Any] = {}
+
+
+CHECKED: TypeAdapter[Any] = TypeAdapter(
+    Annotated[_Train | _Evaluation | _Final | _End | _Resume, Field(discriminator="kind")]
+)
 
 
 @dataclass(frozen=True)
@@ -116,31 +180,46 @@ def encode(record: Record) -> bytes:
 
 
 def _decode(payload: bytes) -> Record:
+    """The record with this payload; raises ValueError where it holds anything but what it should."""
     line, _, data = payload.partition(b"\n")
+    CHECKED.validate_json(line)
     fields = json.loads(line)
-    arrays, start = {}, 0
+    arrays, start = dict[str, np.ndarray](), 0
     if fields["kind"] == "train":
         for name, dtype in ARRAYS.items():
             arrays[name] = np.frombuffer(data, dtype, fields["count"], start)
             start += arrays[name].nbytes
+    if start != len(data):
+        raise ValueError(f"{len(data)} bytes behind the fields instead of {start}")
     return Record(fields.pop("kind"), fields, arrays)
 
 
 def read(path: Path, offset: int = 0, end: int | None = None) -> tuple[list[Record], int]:
-    """The whole records from `offset` on (up to `end`), and the offset behind the last of them."""
+    """The whole records from `offset` on (up to `end`), and the offset behind the last of them; raises OSError where it can't be read."""
     try:
-        with open(path, "rb") as file:
+        with files.open_regular(path) as file:
             file.seek(offset)
             data = file.read(-1 if end is None else end - offset)
     except FileNotFoundError:
         return [], offset
-    records, position = [], 0
+    records, position = list[Record](), 0
+    following = None if offset else 1  # the step that the next `train` record has to begin with
     while position + HEAD.size <= len(data):
         magic, length, checksum = HEAD.unpack_from(data, position)
         payload = data[position + HEAD.size : position + HEAD.size + length]
         if magic != MAGIC or len(payload) < length or zlib.crc32(payload) != checksum:
             break
-        records.append(_decode(payload))
+        try:
+            record = _decode(payload)
+        except (
+            ValueError
+        ):  # its checksum is right and what it says is not: no program of ours wrote it
+            break
+        if record.kind == "train":
+            if record.fields["first"] != (following or record.fields["first"]):
+                break
+            following = record.fields["first"] + record.fields["count"]
+        records.append(record)
         position += HEAD.size + length
     return records, offset + position
 

@@ -1,11 +1,9 @@
 """Move the runs of the local store to a server: parameters, tags, every point, data sets, artifacts, models, the registry; then count."""
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from fmnist import groups
+from fmnist import files, groups
 from fmnist.errors import StoreError
 from fmnist.journal import Point
 from fmnist.tracking import REGISTERED, Store
@@ -81,11 +79,9 @@ def _move_run(here: Store, there: Store, run: Any, experiment: str) -> Moved:
             run_id, (Point(key, point.value, point.timestamp, point.step) for point in history)
         )
     there.client.log_inputs(run_id, run.inputs.dataset_inputs)
-    with tempfile.TemporaryDirectory(prefix="fmnist-") as folder:
+    with files.scratch() as folder:
         if here.client.list_artifacts(run.info.run_id):
-            there.client.log_artifacts(
-                run_id, str(here.download(run.info.run_id, "", Path(folder)))
-            )
+            there.client.log_artifacts(run_id, str(here.download(run.info.run_id, "", folder)))
     for output in run.outputs.model_outputs if run.outputs else ():
         model_id = _move_model(here, there, output.model_id, target, run_id)
         there.client.log_outputs(run_id, [there.entities.LoggedModelOutput(model_id, output.step)])
@@ -102,8 +98,8 @@ def _move_model(here: Store, there: Store, model_id: str, experiment_id: str, ru
     new = there.client.create_logged_model(
         experiment_id, model.name, run_id, None, model.params, model.model_type
     )
-    with tempfile.TemporaryDirectory(prefix="fmnist-") as scratch:
-        folder = here.model_files(model_id, Path(scratch))
+    with files.scratch() as scratch:
+        folder = here.model_files(model_id, scratch)
         described = folder / "MLmodel"
         text = described.read_text(encoding="utf-8").replace(
             model.artifact_location, new.artifact_location

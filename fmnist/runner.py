@@ -19,6 +19,8 @@ from fmnist import spec as specs
 from fmnist.errors import Diverged, SpecError, StoreError
 from fmnist.journal import Result, from_curves
 from fmnist.state import (
+    AWAITED,
+    Claims,
     Journal,
     StateFolder,
     at_hand,
@@ -29,6 +31,7 @@ from fmnist.state import (
     start_carrier,
     state_folder,
     state_folders,
+    unwritable,
 )
 from fmnist.training import Outcome, Stack, State, Training
 
@@ -194,9 +197,8 @@ def _train(requests: Sequence[Request], context: Context) -> list[Outcome]:
     began, first = time.monotonic(), requests[0].spec
     _preflight(context)
     place = devices.choose([request.spec for request in requests], context.root, context.say)
-    size = engines.stack_size(first.compute, place.device)
-    done = list[tuple[Journal, Outcome]]()
-    carrier = None
+    size, outcomes = engines.stack_size(first.compute, place.device), list[Outcome]()
+    carrier, awaited = None, None
     for start in range(0, len(requests), size):
         chosen = requests[start : start + size]
         if len(requests) > 1:
@@ -205,19 +207,25 @@ def _train(requests: Sequence[Request], context: Context) -> list[Outcome]:
             )
         stacks = _begin(chosen, place, context)
         carrier = start_carrier(context.root) if context.sync else None
+        if context.sync and context.wait and awaited is None:
+            awaited = Claims(context.root, AWAITED)
         with signals() as caught:
             for stack in stacks:
                 stack.train(context.watch, caught, context.prune)
         for stack in stacks:
-            done += [(training.journal, training.outcome) for training in stack.trainings]
+            for training in stack.trainings:
+                outcomes.append(training.outcome)
+                if awaited is not None:
+                    awaited.take(training.outcome.key, patience_s=0.25)
+                training.journal.release()
             stack.trainings.clear()  # each holds its stack: without this circle the engine goes at once
         if caught:
             break
-    outcomes = [outcome for _, outcome in done]
     if context.wait:
         hand_over(outcomes, context, carrier)
-    for journal, outcome in done:
-        journal.release()
+    if awaited is not None:
+        awaited.close()
+    for outcome in outcomes:
         outcome.total_s = time.monotonic() - began
     return outcomes
 
@@ -237,8 +245,7 @@ def _begin(requests: Sequence[Request], place: devices.Place, context: Context) 
             taken[0].release()
         if not isinstance(error, OSError):
             raise
-        what = f"{context.root / 'mlruns'}: can't be written: {error.strerror or error}"
-        raise StoreError(f"{what}; mend that or set FMNIST_HOME to another folder") from None
+        raise unwritable(context.root, error) from None
 
 
 def _stack(
@@ -270,8 +277,8 @@ def _take_up(folder: StateFolder, spec: specs.ExperimentSpec, context: Context) 
     journal = Journal.resume(folder)
     try:
         state = _newest_checkpoint(journal, spec, context.say)
-        if context.store is not None:
-            folder.assign(context.store)
+        if context.store is not None or folder.recovered:
+            folder.assign(context.store or store)
     except BaseException:
         journal.release()
         raise
@@ -292,7 +299,9 @@ def _go_on(
         state["step"] if state else 0,
     )
     resumed = (
-        record.fields["environment"] for record in journal.records if record.kind == "resume"
+        record.fields.get("environment", {})
+        for record in journal.records
+        if record.kind == "resume"
     )
     changed = [
         environment.differences(place, here)
@@ -325,7 +334,7 @@ def _newest_checkpoint(
             )
         except FileNotFoundError:
             continue
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             say(f"{error}; what there is before it is taken")
     return None
 
@@ -406,6 +415,9 @@ def _wait_for_carrier(
         if not held and (carrier is None or carrier.poll() is not None):
             carrier = start_carrier(context.root)
         if not folder.path.exists():
+            return
+        if outcome.resumable and folder.running:
+            outcome.unsynced = f"it is being continued by {folder.holder}"
             return
         time.sleep(POLL_S)
         quiet_s += (

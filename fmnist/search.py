@@ -4,7 +4,6 @@ A study is kept in mlruns/searches.db, by name; it belongs to no process, and se
 """
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,7 +17,9 @@ from optuna.distributions import (
 )
 from optuna.trial import TrialState
 
+from fmnist import files
 from fmnist import spec as specs
+from fmnist.database import told
 from fmnist.journal import Result
 from fmnist.sweeps import Dimension, Search, Sweep, Trial
 
@@ -40,13 +41,17 @@ class Study:
         self._folder = sweep.root / "mlruns"
         self._space = {path: _distribution(dimension) for path, dimension in search.space.items()}
         self._evaluations = sum(segment.evaluate for segment in specs.plan(sweep.base.spec))
-        self._study = optuna.create_study(
-            storage=self._copied() if copy else self._stored(),
-            study_name=sweep.study,
-            direction="maximize",
-            load_if_exists=True,
-            pruner=self._pruner(),
-        )
+        with told(
+            f"{self._folder / 'searches.db'} can't be used",
+            "restore it from a copy, or move it away: the search begins anew",
+        ):
+            self._study = optuna.create_study(
+                storage=self._copied() if copy else self._stored(),
+                study_name=sweep.study,
+                direction="maximize",
+                load_if_exists=True,
+                pruner=self._pruner(),
+            )
 
     def _stored(self) -> optuna.storages.BaseStorage:
         self._folder.mkdir(exist_ok=True)
@@ -67,8 +72,7 @@ class Study:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the lock of all studies, against other processes."""
-        with open(self._folder / ".searches.lock", "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with files.locked(self._folder / ".searches.lock"):
             yield
 
     def _pruner(self) -> optuna.pruners.BasePruner:

@@ -15,14 +15,13 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmnist import groups, tracking
+from fmnist import files, groups, tracking
 from fmnist.errors import StoreError
 from fmnist.journal import Record, curves, in_words, points, read
 from fmnist.spec import redacted, store_name
@@ -134,7 +133,7 @@ def _settled(folder: StateFolder) -> bool:
     ):
         return False
     if (
-        not folder.unfinished and not folder.running
+        not folder.awaited and not folder.unfinished and not folder.running
     ):  # in this order: one that is unfinished may be continued at any moment
         folder.remove()
     return True
@@ -340,11 +339,11 @@ class Carrier:
                 predictions = _predictions(self.folder.path / "predictions.npz")
             except Exception as error:  # damaged since, in whatever way
                 status, reason, final = "FAILED", f"its results can't be read back: {error}", None
-        with tempfile.TemporaryDirectory(prefix="fmnist-") as scratch:
+        with files.scratch() as scratch:
             if end.get("traceback"):
                 Path(scratch, "traceback.txt").write_text(end["traceback"], encoding="utf-8")
             manifest = self._lay_out(Path(scratch), records, predictions)
-            self.store.client.log_artifacts(self.run_id, scratch)
+            self.store.client.log_artifacts(self.run_id, str(scratch))
         if final and weights:
             metrics = {
                 key: value
@@ -454,7 +453,7 @@ class Carrier:
 
     def rehearse(self) -> None:
         """Do the slow first calls of closing a run into a scratch folder: they import for seconds, best spent while it trains."""
-        with tempfile.TemporaryDirectory(prefix="fmnist-") as scratch:
+        with files.scratch() as scratch:
             self._lay_out(Path(scratch), read(self.journal)[0], None)
             tracking.save_model(*self._servable(None), Path(scratch) / "model")
 

@@ -15,25 +15,33 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fmnist import experiments
+from fmnist import experiments, files
 from fmnist import spec as specs
-from fmnist.errors import Irreproducible, StoreError
+from fmnist.errors import Irreproducible, StoreError, UserError
 from fmnist.journal import ARRAYS, Record, Recorded, Result, Unequal, encode, read, unequal_values
+
+LEFT_BEHIND = re.compile(r"\.(removed-)?.+-s\d+-[0-9a-f]{8}-\d{8}T\d{12}(-\d+)?")
+"""A state folder before it has its name, when nothing was trained yet, or after it was removed, when all of it is in MLflow."""
+AWAITED = "awaited"
+"""The claims on runs that ended, by the commands that wait for them to be in MLflow: their folders stay till then."""
 
 
 def now_ms() -> int:
@@ -42,6 +50,22 @@ def now_ms() -> int:
 
 def state_folder(root: Path) -> Path:
     return root / "mlruns" / "state"
+
+
+def unwritable(root: Path, error: OSError) -> StoreError:
+    what = f"{root / 'mlruns'}: can't be written: {error.strerror or error}"
+    return StoreError(f"{what}; mend that or set FMNIST_HOME to another folder")
+
+
+def check_writable(root: Path) -> None:
+    """Raise StoreError where no run can be begun here."""
+    folder = state_folder(root)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for place in (folder, folder.parent):
+            tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise unwritable(root, error) from None
 
 
 def carrier_lock(root: Path, store: str = "local") -> Path:
@@ -65,11 +89,17 @@ def start_carrier(root: Path) -> "subprocess.Popen[bytes] | None":
 
 def is_locked(path: Path) -> bool:
     """Whether a living process holds this lock file."""
-    with contextlib.suppress(FileNotFoundError), open(path) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        lock = os.open(path, flags)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
     return False
 
 
@@ -91,6 +121,67 @@ def signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class _File(BaseModel):
+    """What a file of a state folder has to hold, so that nothing that reads it has to doubt it; more is let be."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+Model = TypeVar("Model", bound=_File)
+
+
+class RunFile(_File):
+    """run.json."""
+
+    key: str
+    name: str
+    fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    group: str
+    started_ms: Annotated[int, Field(ge=0, lt=10**15)]
+    store: str | None
+    extends: str | None
+
+
+class EnvironmentFile(_File):
+    """environment.json: of where a run began what is tagged in MLflow."""
+
+    command: str = ""
+    data_digest: str = ""
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+    packages: dict[str, str]
+
+
+class NoteFile(_File):
+    """mlflow.json."""
+
+    run_id: str = ""
+    experiment_id: str = ""
+    offset: Annotated[int, Field(ge=0)] = 0
+    closed: str | None = None
+    reason: str | None = None
+    error: str | None = None
+    store: str = ""
+
+
+class HolderFile(_File):
+    """lock."""
+
+    pid: int
+    host: str
+
+
+def _checked(model: type[Model], path: Path) -> Model:
+    """What a file holds; raises OSError where it can't be read, ValueError (a line) where it holds anything but what it should."""
+    content = files.read(path)
+    try:
+        return model.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path.name}: {place}{': ' if place else ''}{first['msg']}") from None
 
 
 class Journal:
@@ -137,6 +228,9 @@ class Journal:
             state_folder(root) / f"{spec.name}-s{spec.train.seed}-{spec.fingerprint[:8]}-{stamp}"
         )
         partial = folder.with_name(f".{folder.name}-{os.getpid()}")
+        for left in state_folder(root).glob(".*"):  # by processes that were killed
+            if LEFT_BEHIND.fullmatch(left.name):
+                files.sweep_out(left, "lock")
         started = min(
             [now_ms(), *(record.fields["t0"] for record in records if record.kind == "train")]
         )
@@ -177,7 +271,7 @@ class Journal:
     def resume(cls, state: "StateFolder") -> Self:
         """Go on with a run that stopped; raises StoreError where another process has it, it has ended, or MLflow holds more of it."""
         try:
-            lock = os.open(state.path / "lock", os.O_RDWR | os.O_CLOEXEC)
+            lock = os.open(state.path / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             raise StoreError(f"{state.path.name} is gone: it has ended, or was given up") from None
         try:
@@ -249,7 +343,8 @@ class Journal:
         if unequal and self.exact:
             first = min(unequal, key=lambda difference: difference.step)
             raise Irreproducible(
-                f"this machine does not repeat its own results: {first}; start anew with --fresh"
+                f"{self.folder.name} does not come out here as it did, though nothing known differs: {first}; it stays as it was,"
+                " to be continued where it came out so, or start anew with --fresh"
             )
 
     def _append(self, record: Record) -> None:
@@ -280,19 +375,29 @@ class StateFolder:
 
     path: Path
     run: dict[str, Any]
+    recovered: str | None = None
+    """Why what run.json said is taken from elsewhere; None where it is whole."""
 
     @classmethod
     def at(cls, path: Path) -> Self:
-        """The folder there; raises OSError or ValueError where none is."""
-        return cls(path, json.loads((path / "run.json").read_text(encoding="utf-8")))
+        """The folder there; raises OSError or ValueError where none is, or none that can be used."""
+        for name in ("lock", "journal"):
+            with contextlib.suppress(FileNotFoundError):
+                if (path / name).is_symlink():
+                    raise ValueError(f"{name} is a link")
+                files.open_regular(path / name).close()
+        try:
+            return cls(path, _checked(RunFile, path / "run.json").model_dump())
+        except (OSError, ValueError) as error:
+            return cls(path, _recovered(path), str(error))
 
     @property
     def spec(self) -> specs.ExperimentSpec:
         """The run's spec; raises UserError where the file no longer holds it."""
         path = self.path / "spec.yaml"
-        spec: specs.ExperimentSpec = self._parsed(
-            "spec.yaml", lambda text: experiments.parse(text, str(path))
-        )
+        with _given_up(path):
+            text = files.read(path).decode()
+        spec = experiments.parse(text, str(path))
         if spec.fingerprint != (fingerprint := self.run.get("fingerprint", spec.fingerprint)):
             raise StoreError(
                 f"{path} was changed: it gives the fingerprint {spec.fingerprint[:8]}, the run has {fingerprint[:8]}"
@@ -302,20 +407,16 @@ class StateFolder:
     @property
     def environment(self) -> dict[str, Any]:
         """Where the run began; raises StoreError where the file no longer tells."""
-        return dict(self._parsed("environment.json", json.loads))
-
-    def _parsed(self, name: str, parse: Callable[[str], Any]) -> Any:
-        try:
-            return parse((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise StoreError(
-                f"{self.path / name} can't be read: {error}; give the run up with --fresh"
-            ) from None
+        path = self.path / "environment.json"
+        with _given_up(path):
+            return _checked(EnvironmentFile, path).model_dump()
 
     @property
     def resumable(self) -> bool:
         """Whether its trainer is gone and left it such that it can be continued."""
-        return not self.running and self.unfinished
+        with contextlib.suppress(StoreError):
+            return not self.running and self.unfinished and bool(self.environment)
+        return False
 
     @property
     def unfinished(self) -> bool:
@@ -333,8 +434,8 @@ class StateFolder:
     def holder(self) -> str:
         """Who has it, or had it last."""
         with contextlib.suppress(OSError, ValueError):
-            held = json.loads((self.path / "lock").read_text())
-            return f"process {held['pid']} on {held['host']}"
+            held = _checked(HolderFile, self.path / "lock")
+            return f"process {held.pid} on {held.host}"
         return "another process"
 
     @property
@@ -343,10 +444,22 @@ class StateFolder:
         return is_locked(self.path / "lock")
 
     @property
+    def awaited(self) -> bool:
+        """Whether another process, which trained it, is still to read here how it was closed."""
+        root = self.path.parents[2]
+        if not (root / "mlruns" / AWAITED).exists():
+            return False
+        others = Claims(root, AWAITED)
+        try:
+            return not others.take(self.path.name)
+        finally:
+            others.close()
+
+    @property
     def carried(self) -> dict[str, Any]:
         """What who carries it has noted: run_id, offset, closed, error; empty before it begins."""
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            return dict(json.loads((self.path / "mlflow.json").read_text()))
+        with contextlib.suppress(OSError, ValueError):
+            return _checked(NoteFile, self.path / "mlflow.json").model_dump(exclude_unset=True)
         return {}
 
     @property
@@ -376,14 +489,12 @@ class StateFolder:
         """Replace the carrier's note, whole or not at all."""
         self._replace("mlflow.json", fields)
 
-    def assign(self, store: str) -> None:
-        """Say which store the run is for."""
+    def assign(self, store: str | None) -> None:
+        """Say which store the run is for, in a run.json that is whole again."""
         self._replace("run.json", {**self.run, "store": store})
 
     def _replace(self, name: str, content: dict[str, Any]) -> None:
-        partial = self.path / f"{name}.partial"
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        partial.replace(self.path / name)
+        files.replace(self.path / name, json.dumps(content).encode())
 
     def remove(self) -> None:
         """Take the folder away: out of sight first, so that nobody finds half of it."""
@@ -409,13 +520,77 @@ def find(root: Path, text: str) -> StateFolder:
     return found[0]
 
 
-def state_folders(root: Path) -> list[StateFolder]:
-    """Every visible state folder, oldest first."""
-    found = []
+def _recovered(path: Path) -> dict[str, Any]:
+    """What run.json said, from the folder's name and spec.yaml; raises OSError or ValueError where that can't be."""
+    named = re.fullmatch(r".+-s\d+-(?P<fingerprint>[0-9a-f]{8})-(?P<start>\d{8}T\d{12})", path.name)
+    if named is None:
+        raise ValueError("run.json can't be read, and the folder's name is not that of a run")
+    text = files.read(path / "spec.yaml").decode()
+    try:
+        spec = experiments.parse(text, "spec.yaml")
+        start = datetime.strptime(named["start"], "%Y%m%dT%H%M%S%f").replace(tzinfo=UTC)
+    except UserError as error:
+        raise ValueError(f"neither run.json nor spec.yaml can be read: {error}") from None
+    if not spec.fingerprint.startswith(named["fingerprint"]):
+        raise ValueError("run.json can't be read, and spec.yaml is another run's")
+    lost = {"store": None, "extends": None}
+    same = {"key": path.name, "name": spec.name, "started_ms": int(1000 * start.timestamp())}
+    return {**same, "fingerprint": spec.fingerprint, "group": spec.group, **lost}
+
+
+@contextlib.contextmanager
+def _given_up(path: Path) -> Iterator[None]:
+    """Make one line of whatever keeps a file from being read."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} can't be read: {error}; give the run up with --fresh") from None
+
+
+class Fault(NamedTuple):
+    """What is wrong with a state folder, and what can be done about it."""
+
+    what: str
+    remedy: str
+
+
+def _looked_at(root: Path) -> Iterator[tuple[Path, StateFolder | str]]:
+    """Every visible state folder, or why it can't be used."""
     for path in state_folder(root).glob("[!.]*"):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
-            found.append(StateFolder.at(path))
+        try:
+            yield path, StateFolder.at(path)
+        except NotADirectoryError:
+            continue
+        except (OSError, ValueError) as error:
+            if path.exists():  # else it is gone by now: all of it is in MLflow
+                yield path, " ".join(str(error).split())
+
+
+def state_folders(root: Path) -> list[StateFolder]:
+    """Every visible state folder that can be used, oldest first; `faults` tells of the others."""
+    found = [folder for _, folder in _looked_at(root) if isinstance(folder, StateFolder)]
     return sorted(found, key=lambda folder: (folder.run["started_ms"], folder.path.name))
+
+
+def faults(root: Path) -> Iterator[Fault]:
+    """What can't be read of the runs on disk; the others are none the worse for it."""
+    for path, folder in sorted(_looked_at(root), key=lambda found: found[0]):
+        give_up = f"restore it from a copy, or give the run up: rm -r {path}"
+        if isinstance(folder, str):
+            yield Fault(f"{path.name} can't be used and is left alone: {folder}", give_up)
+            continue
+        if folder.recovered:
+            what = f"{path.name}: {folder.recovered}; its name and spec.yaml tell most of it"
+            yield Fault(what, f"fmnist run --resume {path.name}, or fmnist sync if it has ended")
+        for name, model in (("environment.json", EnvironmentFile), ("mlflow.json", NoteFile)):
+            try:
+                _checked(model, path / name)
+            except FileNotFoundError:
+                if name == "environment.json":
+                    yield Fault(f"{path.name}: {name} is missing", give_up)
+            except (OSError, ValueError) as error:
+                remedy = give_up if name == "environment.json" else "fmnist sync looks in MLflow"
+                yield Fault(f"{path.name}: {' '.join(str(error).split())}", remedy)
 
 
 def at_hand(root: Path) -> dict[str, Result]:
@@ -428,19 +603,33 @@ def at_hand(root: Path) -> dict[str, Result]:
 
 
 class Claims:
-    """Who trains what, where several processes work on the same runs: a byte of a file each, locked until its holder lets go or dies."""
+    """Who has what, where several processes work in the same root: a byte of a file for each thing, locked until its holder lets go or dies.
 
-    def __init__(self, root: Path) -> None:
+    One descriptor is enough for any number of them. What a process holds is lost when it closes the file, however often it opened it.
+    """
+
+    def __init__(self, root: Path, kind: str = "claims") -> None:
         (root / "mlruns").mkdir(exist_ok=True)
-        self._file = open(root / "mlruns" / "claims", "ab")  # noqa: SIM115 - to close it would let go of all
+        self._file = files.open_lock(root / "mlruns" / kind)
 
-    def take(self, fingerprint: str) -> bool:
-        """Claim a run, unless another process has it."""
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(fingerprint[:15], 16))
-        except BlockingIOError:
-            return False
-        return True
+    @staticmethod
+    def _place(name: str) -> int:
+        return int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
 
-    def release(self, fingerprint: str) -> None:
-        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, int(fingerprint[:15], 16))
+    def take(self, name: str, patience_s: float = 0.0) -> bool:
+        """Claim something, unless another process has it for longer than this: who only looks has it for a moment too."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._place(name))
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.005)
+
+    def release(self, name: str) -> None:
+        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, self._place(name))
+
+    def close(self) -> None:
+        """Let go of all."""
+        os.close(self._file)

@@ -2,11 +2,11 @@
 
 import hashlib
 import io
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fmnist import files
 from fmnist.journal import Point
 from fmnist.sweeps import Sweep, Trial, place
 from fmnist.tracking import Derived, Store
@@ -105,8 +105,8 @@ def write(store: Store, sweep: Sweep, trials: Sequence[Trial], total: int) -> No
     made_from = hashlib.sha256(f"{total} {sorted(rows['run_id'])}".encode()).hexdigest()
     experiment_id = rows["experiment_id"].iloc[0]
     if [*store.derived(experiment_id, "sweep", sweep.name).values()] != [made_from]:
-        with tempfile.TemporaryDirectory(prefix="fmnist-") as folder:
-            importance = _lay_out(Path(folder), sweep, rows, trials, top)
+        with files.scratch() as folder:
+            importance = _lay_out(folder, sweep, rows, trials, top)
             tags = {
                 "experiment": sweep.spec.base, "question": sweep.spec.question or None, "command": f"fmnist sweep {sweep.name}", "n": len(finished),
                 "outcome": "finished" if len(rows) >= total else "incomplete", "mlflow.note.content": _page(sweep, rows, total, top, importance),
@@ -127,7 +127,7 @@ def write(store: Store, sweep: Sweep, trials: Sequence[Trial], total: int) -> No
                 experiment_id, "sweep", sweep.name, f"sweep {sweep.name} ({len(rows)} trials)", tags, parameters, _points(rows), list(rows["run_id"]),
                 int(rows["start"].min()), int(rows["end"].max()), "FINISHED", made_from,
             )  # fmt: skip
-            store.replace(new, Path(folder))
+            store.replace(new, folder)
 
 
 def _lay_out(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fmnist import database, state, tracking
+from fmnist.errors import StoreError
 from fmnist.journal import Result
 from fmnist.state import signals
 from fmnist.sweeps import Sweep, Trial
@@ -120,6 +121,7 @@ def run(sweep: Sweep, start: Callable[[], Workers], watch: Callable[[Standing], 
     conduct.look()
     if conduct.complete():
         return conduct.standing
+    state.check_writable(sweep.root)
     with signals() as caught:
         conduct.workers = start()
         try:
@@ -152,8 +154,8 @@ class Conduct:
         )
 
     def look(self) -> None:
-        """Take over what is known by now of the trials that are not being trained here."""
-        found, self._looked, standing = known(self.sweep), time.monotonic(), self.standing
+        """Take over what is known by now of the trials that are not being trained here; raises StoreError where nothing can be known."""
+        found, standing = known(self.sweep), self.standing
         standing.elsewhere.clear()
         for trial in self.source.open():
             standing.trials[trial.number] = trial
@@ -208,7 +210,12 @@ class Conduct:
                     for number in event.numbers:
                         self._crash(number)
         if self.standing.elsewhere and time.monotonic() - self._looked > LOOK_S:
-            self.look()
+            try:
+                self.look()
+            except StoreError:
+                if not self.standing.running:  # else training goes on meanwhile, as in any outage
+                    raise
+            self._looked = time.monotonic()
         self.watch(self.standing)
 
     def _end(self, number: int, outcome: dict[str, Any] | None) -> None:

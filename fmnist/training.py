@@ -13,7 +13,7 @@ import numpy as np
 from fmnist import checkpoint
 from fmnist import engine as engines
 from fmnist import spec as specs
-from fmnist.errors import Diverged, FmnistError, Interrupted
+from fmnist.errors import Diverged, FmnistError, Interrupted, Irreproducible
 from fmnist.state import Journal, now_ms
 
 COLLAPSED_LOSS, COLLAPSED_ACCURACY = (
@@ -100,7 +100,7 @@ class Stack:
                 continue  # done before the checkpoint
             self._each(functools.partial(Training.do, segment=segment), wanting)
             if (began := time.monotonic()) > save_due:
-                self._each(Training.save)
+                self._each(Training.save_beyond_record)
                 save_due = time.monotonic() + max(
                     CHECKPOINT_S, CHECKPOINT_SHARE * (time.monotonic() - began)
                 )
@@ -149,6 +149,7 @@ class Training:
     journal: Journal
     outcome: Outcome
     step: int = 0
+    went_on: bool = False  # whether it began from a checkpoint
     evaluations: list[Evaluated] = field(default_factory=list)
     best: Evaluated | None = None
     since_best: int = 0  # evaluations after the best one
@@ -168,7 +169,7 @@ class Training:
     def go_on_from(self, state: State) -> None:
         """Be where an unbroken run was at this checkpoint; what the loop remembers comes from the journal."""
         self.engine.load_state(state, self.member)
-        self.step, self.best_weights = self.engine.step, state["best"]
+        self.step, self.best_weights, self.went_on = self.engine.step, state.get("best"), True
         for record in self.journal.records:
             if record.kind == "train" and (count := self.step + 1 - record.fields["first"]) > 0:
                 self.curves = {name: array[:count] for name, array in record.arrays.items()}
@@ -203,7 +204,7 @@ class Training:
             self.finish()
 
     def interrupt(self, number: int) -> None:
-        self.save()
+        self.save_beyond_record()
         raise Interrupted(number, self.step)
 
     def fail(self, error: Exception) -> None:
@@ -216,8 +217,8 @@ class Training:
         )
         outcome.diverged = isinstance(error, Diverged)
         outcome.resumable = isinstance(
-            error, Interrupted | OSError
-        )  # a full disk is not the run's fault
+            error, Interrupted | Irreproducible | OSError
+        )  # neither a full disk nor another arithmetic is the run's fault
         details = None if expected else "".join(traceback.format_exception(error))
         try:
             told = {"outcome": "diverged"} if outcome.diverged else {}
@@ -297,6 +298,11 @@ class Training:
         if stopping is not None and stopping.metric == "loss":
             return new.loss < best.loss - stopping.min_delta
         return new.accuracy > best.accuracy + (stopping.min_delta if stopping else 0.0)
+
+    def save_beyond_record(self) -> None:
+        """Save, unless steps on record are still to be compared: if one comes out otherwise, the checkpoint before them is the right one."""
+        if not (self.went_on and self.journal.exact and self.step < self.journal.recorded.last):
+            self.save()
 
     def save(self) -> None:
         began = time.monotonic()

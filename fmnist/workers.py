@@ -73,8 +73,13 @@ def serve(pipe: Connection, root: Path, sync: bool) -> None:
 
     with contextlib.suppress(*GONE):
         spec = pipe.recv()
-        pipe.send(stack_size(spec.compute, device(spec.compute, spec.train.precision)))
-        claims = Claims(root)
+        try:
+            claims = Claims(root)
+            size = stack_size(spec.compute, device(spec.compute, spec.train.precision))
+        except (FmnistError, OSError) as error:  # every worker would meet it
+            pipe.send(str(error))
+            return
+        pipe.send(size)
         while True:
             for number, outcome in train(pipe.recv(), root, sync, claims, pipe).items():
                 pipe.send(Ended(number, outcome))
@@ -196,6 +201,8 @@ class Pool:
                         worker.size, self._failures = size, 0
                     case None:
                         worker.numbers = None
+                    case str(why):
+                        raise UserError(f"the workers can't begin: {why}")
                     case message:
                         if isinstance(message, Ended) and worker.numbers:
                             worker.numbers.discard(message.number)

@@ -96,6 +96,29 @@ def test_changed_pins_build_it_anew_even_from_within(project: Path) -> None:
     assert imports_tiny(project)
 
 
+CUT_SHORT = """
+import runpy, shutil, os, sys
+def cut_short(folder):
+    shutil.os.rename(os.path.join(folder, "bin"), os.path.join(folder, "half"))
+    os._exit(9)
+shutil.rmtree = cut_short
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_an_upgrade_cut_short_leaves_nothing_that_passes_for_whole(project: Path) -> None:
+    assert finish(bootstrap(project))[0] == 0
+    lock, before = project / "requirements.lock", (project / "requirements.lock").read_text()
+    lock.write_text("# another one\n")
+    interpreter = getattr(sys, "_base_executable", sys.executable)
+    command = [interpreter, "-c", CUT_SHORT, str(project / "tools" / "bootstrap.py")]
+    assert subprocess.run(command, capture_output=True).returncode == 9
+    lock.write_text(before)  # the pins that the half environment was built from
+    assert finish(bootstrap(project))[0] == 0
+    assert imports_tiny(project)
+
+
 def test_failed_install_is_told_and_leaves_no_stamp(project: Path) -> None:
     (project / "requirements.lock").write_text(
         "no-such-package==1 --hash=sha256:" + "0" * 64 + "\n"

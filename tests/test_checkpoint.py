@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,69 @@ def test_a_whole_file_of_something_else_is_no_checkpoint(content: bytes, tmp_pat
     write(tmp_path / "checkpoint.pt", content)
     with pytest.raises(ValueError, match="is no checkpoint of this program"):
         checkpoint.load(tmp_path / "checkpoint.pt", experiment())
+
+
+def crafted(state: dict[str, Any]) -> dict[str, Any]:
+    """States that are whole files of the right spec, and not what an engine of it has."""
+    parameters, buffers = state["parameters"], state["buffers"]
+    return {
+        "no step": {key: value for key, value in state.items() if key != "step"},
+        "no buffers": {key: value for key, value in state.items() if key != "buffers"},
+        "a step of text": {**state, "step": "7"},
+        "a step of truth": {**state, "step": True},
+        "a step before the first": {**state, "step": -1},
+        "a step behind the last": {**state, "step": 13},
+        "parameters of another size": {**state, "parameters": parameters[1:]},
+        "parameters in rows": {**state, "parameters": parameters[None]},
+        "parameters of another type": {**state, "parameters": parameters.double()},
+        "sparse parameters": {**state, "parameters": parameters.to_sparse()},
+        "no tensor": {**state, "parameters": [0.0] * len(parameters)},
+        "a buffer too few": {**state, "buffers": {"mean": buffers["mean"]}},
+        "a buffer too many": {**state, "buffers": {**buffers, "momentum": parameters}},
+        "a buffer of another size": {**state, "buffers": {**buffers, "mean": parameters[1:]}},
+        "buffers in a list": {**state, "buffers": [*buffers.values()]},
+        "best weights without a step": {**state, "best": {"parameters": parameters}},
+        "best weights of another size": {
+            **state,
+            "best": {"step": 3, "parameters": parameters[1:]},
+        },
+        "best weights in words": {**state, "best": "these"},
+    }
+
+
+def test_a_whole_file_with_another_state_is_no_checkpoint(
+    tmp_path: Path, state: dict[str, Any]
+) -> None:
+    for name, wrong in crafted(state).items():
+        checkpoint.save(tmp_path, experiment(), wrong)
+        with pytest.raises(ValueError, match="is no checkpoint of this program") as raised:
+            checkpoint.load(tmp_path / "checkpoint.pt", experiment())
+        assert "\n" not in str(raised.value), name
+    for spec in ("text", None, ["a"]):
+        content = {"fingerprint": "another", "spec": spec, **state}
+        write(tmp_path / "checkpoint.pt", pack(content))
+        with pytest.raises((ValueError, StoreError)) as raised:
+            checkpoint.load(tmp_path / "checkpoint.pt", experiment())
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_refused_at_once(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "checkpoint.pt")
+    with pytest.raises(OSError, match="no regular file"):
+        checkpoint.load(tmp_path / "checkpoint.pt", experiment())
+
+
+def test_a_planted_link_is_replaced_and_not_written_through(
+    tmp_path: Path, state: dict[str, Any]
+) -> None:
+    target = tmp_path / "precious"
+    target.write_text("as it was")
+    (tmp_path / "checkpoint.pt.partial").symlink_to(target)
+    checkpoint.save(tmp_path, experiment(), state)
+    assert target.read_text() == "as it was"
+    assert_same_bits(checkpoint.load(tmp_path / "checkpoint.pt", experiment()), state)
+    assert not (tmp_path / "checkpoint.pt").is_symlink()
 
 
 def test_a_checkpoint_that_is_not_there_is_not_found(tmp_path: Path) -> None:

@@ -4,17 +4,20 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, SMALL, Fmnist, free_port
 
-from fmnist import experiments, state, sweeps
+from fmnist import experiments, journal, state, sweeps
 from fmnist import spec as specs
 
 PACKAGE = Path(specs.__file__).parent
@@ -59,6 +62,28 @@ def refused(result: "subprocess.CompletedProcess[str]", home: Path, *fragments: 
         result.stderr
     )
     assert not (home / "mlruns").exists()
+
+
+class Failing(BaseHTTPRequestHandler):
+    """A tracking server that is there and can't look anything up, as one whose database is down."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/health" else 500)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def failing_server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
 
 
 @pytest.fixture
@@ -142,6 +167,47 @@ def test_a_tracking_server_that_does_not_answer_is_told_within_ten_seconds(
     refused(result, home, f"http://{server}", "start it, unset MLFLOW_TRACKING_URI", "--no-sync")
     assert "secret" not in result.stderr
     assert time.monotonic() - imported < 10 + (imported - began)
+
+
+@pytest.mark.parametrize("arguments", [("run", "baseline", "--seeds", "2"), ("sweep", "sweep-lr")])
+def test_nothing_is_trained_where_a_server_cant_say_what_is_there(
+    fmnist: Fmnist, home: Path, failing_server: str, arguments: tuple[str, ...]
+) -> None:
+    result = fmnist(*arguments, MLFLOW_TRACKING_URI=failing_server)
+    refused(result, home, "what is recorded already can't be asked", "the same command again")
+
+
+@pytest.mark.parametrize("file", ["mlruns", "mlruns/state"])
+def test_a_sweep_that_cant_write_its_runs_is_one_line(
+    fmnist: Fmnist, home: Path, file: str
+) -> None:
+    (home / file).parent.mkdir(exist_ok=True)
+    (home / file).touch()
+    result = fmnist("sweep", "sweep-lr", "--jobs", "2")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"fmnist: \S+mlruns: can't be written: .+\n", result.stderr), result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("show",), ("sweep", "--jobs", "1")])
+def test_a_junk_record_of_searches_is_one_line(
+    fmnist: Fmnist, home: Path, arguments: tuple[str, ...]
+) -> None:
+    (home / "mlruns").mkdir()
+    (home / "mlruns" / "searches.db").write_text("junk" * 1000)
+    result = fmnist(arguments[0], "search-recipe", *arguments[1:])
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"fmnist: \S+searches.db can't be used: .*move it away.*\n", result.stderr)
+    assert (home / "mlruns" / "searches.db").read_text() == "junk" * 1000
+
+
+def test_workers_that_cant_begin_say_so_in_one_line(fmnist: Fmnist, home: Path) -> None:
+    (home / "mlruns").mkdir()
+    (home / "mlruns" / "claims").mkdir()
+    result = fmnist("sweep", "sweep-lr", "--jobs", "2")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"fmnist: the workers can't begin: .*claims.*\n", result.stderr), (
+        result.stderr
+    )
 
 
 def test_report_on_an_empty_home_names_the_remedy_and_creates_nothing(
@@ -317,7 +383,36 @@ def test_an_answer_that_reaches_nobody_is_told_or_left(home: Path) -> None:
         command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
     )
     os.close(writer)
-    assert (result.returncode, result.stderr) == (1, "")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("closed", ["2>&1 | true", "2>&-", ">&-", ">&- 2>&-", "<&- 2>/dev/full"])
+def test_runs_are_trained_whether_or_not_anyone_reads(closed: str, home: Path) -> None:
+    words = [Path(sys.executable).with_name("python"), "-m", "fmnist", *SMALL]
+    words += ["--seeds", "2", "--no-sync"]
+    pipeline = f"set -o pipefail; {shlex.join(map(str, words))} {closed}"
+    result = subprocess.run(
+        ["bash", "-c", pipeline],
+        env={**os.environ, "FMNIST_HOME": str(home)},
+        capture_output=True,
+        timeout=120,
+    )
+    assert (result.returncode, b"Traceback" in result.stderr) == (0, False), result.stderr
+    folders = state.state_folders(home)
+    assert [folder.result and folder.result.outcome for folder in folders] == ["finished"] * 2
+    for folder in folders:
+        assert journal.read(folder.path / "journal")[1] == (folder.path / "journal").stat().st_size
+
+
+def test_a_terminal_that_lacks_letters_gets_all_the_same_lines(fmnist: Fmnist, home: Path) -> None:
+    question = "Größer ± 0,5 → besser?"
+    (home / "experiments" / "mine.yaml").write_text(f"extends: baseline\nquestion: {question}\n")
+    plain = {"PYTHONIOENCODING": "ascii"}
+    listed = fmnist("list", **plain)
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert "Gr??er ? 0,5 ? besser?" in listed.stdout
+    found = json.loads(fmnist("list", "--json", **plain).stdout)["experiments"]
+    assert question in [each["question"] for each in found]
 
 
 @pytest.mark.parametrize("words", ["fmnist run l", "fmnist show l"])
@@ -379,6 +474,50 @@ def test_resume_refuses_what_it_cant_continue_and_doctor_tells_what_to_do(
     }
     assert set(findings) == {"environment", "data", "disk", "store", key}
     assert findings["store"]["what"] == "store: none yet, the first run makes it"
+
+
+@pytest.mark.usefixtures("with_store")
+def test_one_bad_folder_is_named_by_every_command_and_keeps_none_from_its_work(
+    fmnist: Fmnist, home: Path
+) -> None:
+    spec = experiments.load("baseline", [*SMALL[3::2]], home).spec
+    environment = {"git_commit": None, "command": "fmnist run baseline", "packages": {"torch": "2"}}
+    folders = []
+    for _ in range(4):
+        made = state.Journal.create(home, spec, "bad", environment, "local")
+        made.event("end", status="KILLED", reason="stopped", resumable=True)
+        made.release()
+        folders.append(made.folder)
+    recovered, lost, unknown, piped = folders
+    (recovered / "run.json").write_text("")
+    for name in ("run.json", "spec.yaml"):
+        (lost / name).write_text("[]")
+    (unknown / "environment.json").write_text("null")
+    (piped / "journal").unlink()
+    os.mkfifo(piped / "journal")
+
+    def named(*arguments: str) -> "tuple[subprocess.CompletedProcess[str], list[bool]]":
+        result = fmnist(*arguments)
+        assert "Traceback" not in result.stderr, result.stderr
+        told = [
+            line
+            for line in (result.stdout + result.stderr).splitlines()
+            if "json: " in line or "left alone" in line
+        ]
+        return result, [any(folder.name in line for line in told) for folder in folders]
+
+    for arguments in (["list"], ["runs"], ["doctor"]):
+        assert named(*arguments)[1] == [True] * 4, arguments
+    result, told = named(*SMALL, "--no-sync", "--json")
+    assert (result.returncode, told) == (0, [True] * 4)
+    assert json.loads(result.stdout)["key"] == recovered.name
+    result, told = named(*SMALL, "--no-sync", "--json", "--fresh")
+    assert (result.returncode, told) == (0, [False, True, True, True])
+    result, told = named("sync")
+    assert (result.returncode, told) == (1, [False, True, True, True])
+    assert result.stdout.count(": FINISHED") == 2
+    assert [folder.path for folder in state.state_folders(home)] == [unknown]
+    assert all(folder.exists() for folder in (lost, unknown, piped))
 
 
 def test_doctor_names_every_trouble(

@@ -233,6 +233,14 @@ def test_a_wrong_source_is_refused_and_the_next_one_tried(tmp_path: Path) -> Non
     assert whole_and_alone(tmp_path)
 
 
+def test_what_a_killed_fetch_left_is_swept_out(tmp_path: Path) -> None:
+    left = data.raw_folder(tmp_path) / ".fetch-killed"
+    left.mkdir(parents=True)
+    (left / "half").write_text("half")
+    data.ensure(tmp_path, sources=[("good", plain)])
+    assert whole_and_alone(tmp_path)
+
+
 def test_why_a_source_was_passed_over_is_told(tmp_path: Path) -> None:
     said: list[str] = []
     data.ensure(tmp_path, said.append, [("a bad mirror", altered), ("good", plain)])

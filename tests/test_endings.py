@@ -102,8 +102,10 @@ def test_kill_9_of_trainer_and_sidecar_is_seen_by_the_next_command_and_continued
     assert "kill -9" in tags["reason"]
     assert stored_steps(store, run_id) == list(range(1, trained(home) + 1))
     first = start("run", "--resume", run_id[:8], "--json")
-    wait_for(lambda: only_folder(home).running)
+    wait_for(lambda: f"process {first.pid} " in only_folder(home).holder)
+    first.send_signal(signal.SIGSTOP)  # so that it is at work until the second has looked
     second = fmnist("run", "--resume", key)
+    first.send_signal(signal.SIGCONT)
     assert second.returncode == 2
     assert f"{key} is being trained by process {first.pid} on " in second.stderr
     stdout, stderr = first.communicate(timeout=120)

@@ -11,8 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,10 @@ from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmnist import experiments, journal, state
+from fmnist import experiments, files, journal, state
 from fmnist import spec as specs
 from fmnist.errors import Irreproducible, StoreError, UserError
-from fmnist.journal import ARRAYS, Record, Recorded
+from fmnist.journal import ARRAYS, Record, Recorded, encode
 from fmnist.state import Journal, StateFolder
 
 SPEC = specs.ExperimentSpec(
@@ -239,6 +241,82 @@ def test_a_note_replaces_the_one_before(tmp_path: Path) -> None:
     assert folder.carried == {}
 
 
+CLAIM = """
+import sys, time
+from pathlib import Path
+from fmnist import state
+claims = state.Claims(Path(sys.argv[1]), sys.argv[2])
+print(*(claims.take(name) for name in ("mine", "yours")), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_claim_is_one_processs_until_it_lets_go(tmp_path: Path) -> None:
+    claims = state.Claims(tmp_path, state.AWAITED)
+    assert claims.take("mine")
+    other = subprocess.Popen(
+        [sys.executable, "-c", CLAIM, str(tmp_path), state.AWAITED],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "False True\n"
+    assert not claims.take("yours")
+    letting_go = threading.Timer(0.1, other.communicate)
+    letting_go.start()
+    assert claims.take("yours", patience_s=20)
+    letting_go.join()
+
+
+def test_what_a_kill_left_is_swept_out_by_the_next_run(tmp_path: Path) -> None:
+    folder = state.state_folder(tmp_path)
+    key = interrupted(tmp_path).path.name
+    gone = [f".{key}-4711", f".removed-{key}", f".removed-{key}-12"]
+    kept = [".mine", f".{key}-young", f".{key}-17"]
+    for name in gone + kept:
+        (folder / name / "deeper").mkdir(parents=True)
+        (folder / name / "lock").touch()
+    for name in gone:
+        os.utime(folder / name, (0, 0))
+    os.utime(folder / ".mine", (0, 0))
+    os.utime(folder / f".{key}-17", (0, 0))
+    with open(folder / f".{key}-17" / "lock") as held:  # by a process that is making it
+        fcntl.flock(held, fcntl.LOCK_EX)
+        start(tmp_path)
+    left = {path.name for path in folder.glob(".*")}
+    assert left == set(kept)
+
+
+def test_scratch_folders_of_killed_processes_are_swept_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(files, "SETTLED_S", 0)
+    code = "import os, signal; from fmnist import files\nwith files.scratch() as folder: (folder / 'x').touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    for _ in range(2):  # the second sweeps out what the first left, if it is old enough
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", code], env=environment)
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "fmnist-scratch-link").symlink_to(REPOSITORY)
+    with files.scratch() as mine, files.scratch() as another:
+        assert {*tmp_path.iterdir()} == {mine, another, tmp_path / "fmnist-scratch-link"}
+    assert [path.name for path in tmp_path.iterdir()] == ["fmnist-scratch-link"]
+
+
+def test_a_lock_is_not_taken_through_a_planted_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("as it was")
+    (tmp_path / "lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic links"), files.locked(tmp_path / "lock"):
+        pass
+    with pytest.raises(OSError, match="symbolic links"):
+        state.is_locked(tmp_path / "lock")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no regular file"), files.locked(tmp_path / "pipe"):
+        pass
+    assert (tmp_path / "precious").read_text() == "as it was"
+
+
 def test_a_removed_folder_is_gone(tmp_path: Path) -> None:
     start(tmp_path).release()
     state.state_folders(tmp_path)[0].remove()
@@ -290,9 +368,9 @@ def test_reading_on_gives_what_is_new(tmp_path: Path) -> None:
     for i, end in enumerate(ends):
         records, offset = journal.read(path, end)
         assert ([text(record) for record in records], offset) == (whole[i + 1 :], ends[-1])
-    written.event("end", status="again")
+    written.event("end", status="FINISHED")
     [record], offset = journal.read(path, ends[-1])
-    assert record.fields["status"] == "again"
+    assert record.fields["status"] == "FINISHED"
     assert journal.read(path, offset) == ([], offset)
 
 
@@ -306,6 +384,59 @@ def test_a_journal_cut_anywhere_gives_its_whole_records(tmp_path: Path) -> None:
         complete = sum(end <= length for end in ends)
         assert [text(record) for record in records] == whole[:complete]
         assert offset == (ends[complete - 1] if complete else 0)
+
+
+def test_what_no_program_of_ours_wrote_ends_what_is_read(tmp_path: Path) -> None:
+    """Records with a right checksum whose fields are wrong."""
+    written = start(tmp_path)
+    written.train(1, values(3), 1_000, 2_000, 0.5)
+    path, whole = written.folder / "journal", (written.folder / "journal").read_bytes()
+    right = train(4, 2)
+    crafted = [
+        Record("train", {**right.fields, **changed}, right.arrays)
+        for changed in (
+            *({"count": count} for count in (0, 1, 3, -1, 2.5, "2", None, 10**9)),
+            *({"first": first} for first in (0, 1, 3, 5, 10**30, "4", True)),
+            {"t0": 10**30},
+            {"t1": None},
+            {"elapsed_s": float("nan")},
+        )
+    ]
+    crafted += [
+        Record("evaluation", {**evaluation(3).fields, "step": "3"}),
+        Record("evaluation", {"t": 1, "step": 3}),
+        Record("final", {"t": 1, "metrics": {"last/val_loss": "low"}}),
+        Record("final", {"t": 1, "metrics": []}),
+        Record("end", {"t": 1, "status": "DELETED"}),
+        Record("end", {"t": 1, "status": ["FINISHED"]}),
+        Record("resume", {"t": 1, "step": 3, "environment": []}),
+        Record("surprise", {"t": 1}),
+    ]
+    payloads = [encode(record)[journal.HEAD.size :] for record in crafted]
+    payloads += [
+        b"",
+        b"[]\n",
+        b"null\n",
+        b"7\n",
+        b"\xff\xfe\n",
+        b"[" * 100_000,
+        b"{}\n",
+        b'{"kind": {}}\n',
+    ]
+    for payload in payloads:
+        head = journal.HEAD.pack(journal.MAGIC, len(payload), zlib.crc32(payload))
+        path.write_bytes(whole + head + payload + encode(right))
+        records, end = journal.read(path)
+        assert ([record.fields["first"] for record in records], end) == ([1], len(whole)), payload
+    path.write_bytes(whole + encode(right))
+    assert len(journal.read(path)[0]) == 2
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_refused_at_once(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "journal")
+    with pytest.raises(OSError, match="no regular file"):
+        journal.read(tmp_path / "journal")
 
 
 def test_a_flipped_bit_anywhere_ends_what_is_read(tmp_path: Path) -> None:
@@ -335,7 +466,7 @@ arrays = {name: np.zeros(9, dtype) for name, dtype in journal.ARRAYS.items()}
 failed = 0
 for written in range(20):
     try:
-        full.train(1, arrays, 0, 1, 0.1)
+        full.train(1 + 9 * (written - failed), arrays, 0, 1, 0.1)
     except OSError:
         failed += 1
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -368,7 +499,7 @@ def test_what_a_full_disk_took_of_a_record_is_cut_off_again(
     half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = start(tmp_path)
-    written.event("evaluation", step=0)
+    written.evaluation(0, measured(0))
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", fill_disk_after(0, half))
         for _ in range(3):
@@ -603,7 +734,7 @@ def test_a_step_that_differs_by_one_bit_is_irreproducible(
     with (
         resumed(folder) as written,
         pytest.raises(
-            Irreproducible, match=f"results: step {step}: train/{name} was .* now; .*--fresh"
+            Irreproducible, match=f"differs: step {step}: train/{name} was .* now; .*--fresh"
         ),
     ):
         written.train(6, computed, 0, 1, 0.5)
@@ -809,6 +940,126 @@ def test_a_spec_changed_on_disk_is_refused(tmp_path: Path) -> None:
             _ = folder.spec
     path.write_text(experiments.dump(SPEC))
     assert folder.spec == SPEC
+
+
+# ---- folders that are damaged
+
+WRONG = [b"", b"{", b"{}", b"[]", b"null", b"7", b"\xff", b"[" * 100_000]
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    **{f"{word[:7]!r}": lambda path, word=word: path.write_bytes(word) for word in WRONG},
+    "a wrong type": lambda path: path.write_text(
+        json.dumps({key: [1] for key in json.loads(path.read_bytes())})
+    ),
+    "gone": Path.unlink,
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_whose_run_json_is_damaged_is_recovered(damage: str, tmp_path: Path) -> None:
+    folder, other = interrupted(tmp_path), interrupted(tmp_path)
+    DAMAGES[damage](folder.path / "run.json")
+    found, beside = state.state_folders(tmp_path)
+    assert (found.path, beside) == (folder.path, other)
+    lost: dict[str, Any] = {"name": "small", "store": None, "extends": None}
+    assert abs(found.run["started_ms"] - folder.run["started_ms"]) < 50
+    lost["started_ms"] = found.run["started_ms"]
+    assert found.run == {**folder.run, **lost}
+    assert found.resumable
+    assert found.run["fingerprint"] not in state.at_hand(tmp_path)
+    [fault] = state.faults(tmp_path)
+    assert folder.path.name in fault.what
+    assert "\n" not in fault.what
+    if damage not in ("a folder",):
+        found.assign("local")
+        assert StateFolder.at(folder.path).run == {**folder.run, **lost, "store": "local"}
+        assert list(state.faults(tmp_path)) == []
+
+
+def both(folder: StateFolder) -> None:
+    for name in ("run.json", "spec.yaml"):
+        (folder.path / name).write_text("")
+
+
+BEYOND: dict[str, Callable[[StateFolder], object]] = {
+    "run.json and spec.yaml": both,
+    "run.json, with another's spec.yaml": lambda folder: (
+        (folder.path / "run.json").write_text(""),
+        (folder.path / "spec.yaml").write_text(experiments.dump(SPEC.model_copy(update={"data": specs.Data(holdout=10)}))),
+    ),
+    "run.json, with another name": lambda folder: (
+        (folder.path / "run.json").write_text(""),
+        folder.path.rename(folder.path.with_name("renamed")),
+    ),
+    "a pipe for a journal": lambda folder: DAMAGES["a pipe"](folder.path / "journal"),
+    "a folder for a journal": lambda folder: DAMAGES["a folder"](folder.path / "journal"),
+    "a link for a journal": lambda folder: link(folder.path / "journal"),
+    "a link for a lock": lambda folder: link(folder.path / "lock"),
+    "a pipe for a lock": lambda folder: DAMAGES["a pipe"](folder.path / "lock"),
+}  # fmt: skip
+
+
+def link(path: Path) -> None:
+    elsewhere = path.parent.parent.parent / "precious"
+    elsewhere.write_text("as it was")
+    path.unlink()
+    path.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize("damage", BEYOND)
+def test_a_folder_that_cant_be_used_leaves_the_others_alone(damage: str, tmp_path: Path) -> None:
+    folder, other = interrupted(tmp_path), interrupted(tmp_path)
+    BEYOND[damage](folder)
+    assert state.state_folders(tmp_path) == [other]
+    assert state.at_hand(tmp_path) == {}
+    assert state.find(tmp_path, "small") == other
+    [fault] = state.faults(tmp_path)
+    assert "can't be used and is left alone" in fault.what
+    assert "\n" not in fault.what
+    if (precious := tmp_path / "mlruns" / "precious").exists():
+        assert precious.read_text() == "as it was"
+
+
+@pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "gone"])
+def test_a_damaged_note_is_none(damage: str, tmp_path: Path) -> None:
+    folder = interrupted(tmp_path)
+    folder.note(run_id="a", offset=3)
+    assert list(state.faults(tmp_path)) == []
+    DAMAGES[damage](folder.path / "mlflow.json")
+    assert folder.carried == {}
+    assert folder.resumable
+    assert [fault.remedy for fault in state.faults(tmp_path)] == (
+        [] if damage == "b'{}'" else ["fmnist sync looks in MLflow"]
+    )
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_that_does_not_know_where_it_began_is_named_and_not_continued(
+    damage: str, tmp_path: Path
+) -> None:
+    folder, other = interrupted(tmp_path), interrupted(tmp_path)
+    DAMAGES[damage](folder.path / "environment.json")
+    assert [each.resumable for each in state.state_folders(tmp_path)] == [False, True]
+    with pytest.raises(StoreError, match=r"can't be read.*--fresh"):
+        _ = folder.environment
+    [fault] = state.faults(tmp_path)
+    assert "environment.json" in fault.what
+    assert f"rm -r {folder.path}" in fault.remedy
+    assert other.environment["packages"] == {"torch": "2"}
+
+
+def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
+    folder, target = interrupted(tmp_path), tmp_path / "precious"
+    target.write_text("as it was")
+    for name in ("mlflow.json", "run.json"):
+        (folder.path / f"{name}.partial").symlink_to(target)
+    folder.note(run_id="a")
+    folder.assign("local")
+    link(folder.path / "lock")
+    with pytest.raises(OSError, match="symbolic links"):
+        Journal.resume(folder)
+    assert target.read_text() == (tmp_path / "mlruns" / "precious").read_text() == "as it was"
 
 
 # ---- finding one

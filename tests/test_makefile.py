@@ -4,6 +4,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
 from conftest import REPOSITORY
 
 
@@ -55,6 +56,24 @@ def test_set_up_comes_first(tmp_path: Path) -> None:
         "bench-step",
     ):
         assert "tools/bootstrap.py" in make(tmp_path, "-n", target).splitlines()[0]
+
+
+def test_clean_cut_short_leaves_nothing_that_passes_for_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (".venv", ".venv-bench", ".venv-services"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        (tmp_path / name / "stamp").touch()
+    cut_short = tmp_path / "tools" / "rm"
+    cut_short.parent.mkdir()
+    cut_short.write_text(
+        '#!/bin/sh\n[ "$1" = -f ] && exec /bin/rm "$@"\n/bin/rm -r .venv/bin; exit 137\n'
+    )
+    cut_short.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{cut_short.parent}:{os.environ['PATH']}")
+    with pytest.raises(subprocess.CalledProcessError):
+        make(tmp_path, "clean")
+    assert sorted(path.name for path in tmp_path.glob(".venv*/*")) == ["bin", "bin"]
 
 
 def test_clean_spares_runs_and_data(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +28,7 @@ from fmnist import (
     engine,
     environment,
     experiments,
+    files,
     journal,
     runner,
     training,
@@ -72,6 +75,7 @@ RECIPES = {
     "early stopping": STOPPING,
     "collapse": experiment(specs.SGD(lr=0.5)),
 }
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
 STOPS = (0, 10, 20, 30, 40, 50, 60, 68)
 
 
@@ -208,7 +212,6 @@ MEASURED = ("val/loss", "val/accuracy", "train/lr")
 def result(folder: StateFolder) -> dict[str, object]:
     """All that must not depend on how a run came about, in forms that compare bit for bit."""
     records, end = journal.read(folder.path / "journal")
-    assert end == (folder.path / "journal").stat().st_size
     kinds: dict[str, list[dict[str, Any]]] = {
         kind: [r.fields for r in records if r.kind == kind]
         for kind in ("train", "evaluation", "final")
@@ -218,6 +221,7 @@ def result(folder: StateFolder) -> dict[str, object]:
         predicted = {name: predictions[name].tobytes() for name in predictions}
     best = state["best"] or {"step": None, "parameters": torch.empty(0)}
     return {
+        "whole": end == (folder.path / "journal").stat().st_size,
         "steps": [
             step
             for fields in kinds["train"]
@@ -261,6 +265,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
             root = tmp_path_factory.mktemp("unbroken")
             assert run(root, spec).status == "FINISHED"
             results[spec.fingerprint] = result(only(root))
+            assert results[spec.fingerprint]["whole"]
         return results[spec.fingerprint]
 
     return train
@@ -502,7 +507,7 @@ def test_a_kill_in_the_midst_of_a_checkpoint_leaves_the_one_before(
                 die()
             fsync(file)
 
-        checkpoint.os = SimpleNamespace(fsync=written)
+        os.fsync = written
 
     said: list[str] = []
     folder = kill(tmp_path, SPEC, 30, die_at_the_fourth)
@@ -655,6 +660,28 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert differences(folder, unbroken(SPEC)) == []
 
 
+def test_a_crafted_checkpoint_gives_way_to_the_one_before(
+    unbroken: Unbroken, tmp_path: Path
+) -> None:
+    for number, change in enumerate(
+        ({"step": "40"}, {"parameters": torch.zeros(3)}, {"buffers": {}}, None)
+    ):
+        said: list[str] = []
+        folder = kill(tmp_path / str(number), SPEC, 40)
+        path = folder.path / "checkpoint.pt"
+        if change is None:
+            path.unlink()
+            os.mkfifo(path)
+        else:
+            state = checkpoint.load(path, SPEC)
+            checkpoint.save(folder.path / "..", SPEC, {**state, **change})
+            (folder.path / ".." / "checkpoint.pt").replace(path)
+        finish(folder, SPEC, said)
+        assert [line.count("what there is before it is taken") for line in said] == [1, 0]
+        assert said[1] == continued(folder, 30)
+        assert differences(folder, unbroken(SPEC)) == []
+
+
 @pytest.mark.parametrize("recipe", ["momentum", "early stopping"])
 def test_with_no_whole_checkpoint_all_is_computed_again_and_compared(
     recipe: str, unbroken: Unbroken, tmp_path: Path
@@ -734,11 +761,29 @@ def test_a_step_that_comes_out_otherwise_ends_the_run(tmp_path: Path) -> None:
     assert (outcome.status, outcome.exit_code, outcome.resumable) == (
         "FAILED",
         Irreproducible.exit_code,
-        False,
+        True,
     )
     assert outcome.reason is not None
     assert "step 55: train/loss was" in outcome.reason
-    assert not folder.resumable
+    assert "or start anew with --fresh" in outcome.reason
+    assert folder.resumable
+
+
+def test_a_run_refused_under_another_arithmetic_goes_on_under_its_own(
+    unbroken: Unbroken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, said = kill(tmp_path, SPEC, 60, save_up_to(20)), list[str]()
+    before = {name: (folder.path / name).read_bytes() for name in CHECKPOINTS}
+    alter(folder, 45)
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "CHECKPOINT_S", 0)
+        patched.setattr(training, "CHECKPOINT_SHARE", 0)
+        assert "step 45: train/loss was" in str(finish(folder, SPEC).reason)
+    assert {name: (folder.path / name).read_bytes() for name in CHECKPOINTS} == before
+    alter(folder, 45)  # back again
+    assert finish(folder, SPEC, said).status == "FINISHED"
+    assert said == [continued(folder, 20)]
+    assert differences(folder, unbroken(SPEC)) == []
 
 
 # ---- elsewhere
@@ -783,7 +828,7 @@ def began_with(folder: StateFolder, **changed: Any) -> dict[str, Any]:
     return facts
 
 
-@pytest.mark.parametrize("key", ["device", "processor"])
+@pytest.mark.parametrize("key", ["device", "processor", "instructions", "settings", "code"])
 def test_on_another_machine_a_run_goes_on_without_comparing_and_says_so(
     key: str, tmp_path: Path
 ) -> None:
@@ -797,6 +842,34 @@ def test_with_another_torch_a_run_goes_on_without_comparing_and_says_so(tmp_path
     facts = began_with(folder)
     began_with(folder, packages={**facts["packages"], "torch": "2.0"})
     assert_goes_on_without_comparing(folder, SPEC, f"torch 2.0 -> {facts['packages']['torch']}")
+
+
+def test_what_may_change_bits_is_found() -> None:
+    def collected(**settings: str) -> dict[str, Any]:
+        code = "import json, torch; from fmnist import environment; print(json.dumps(environment.collect('', torch.device('cpu'))))"
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **settings},
+        )
+        return dict(json.loads(result.stdout))
+
+    plain = environment.facts(collected())
+    other = environment.facts(collected(ATEN_CPU_CAPABILITY="default", MKL_CBWR="COMPATIBLE"))
+    assert environment.differences(plain, other) == {
+        "instructions": f"{plain['instructions']} -> DEFAULT",
+        "settings": f"{plain['settings']} -> ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE",
+    }
+
+
+def test_a_change_of_the_code_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "fmnist"
+    shutil.copytree(REPOSITORY / "fmnist", copy)
+    monkeypatch.setattr(environment, "__file__", str(copy / "environment.py"))
+    before = environment._code()
+    (copy / "optim.py").write_text((copy / "optim.py").read_text() + "# rounds otherwise\n")
+    assert environment._code() != before
 
 
 def test_what_another_machine_computed_is_not_compared_here(
@@ -1222,7 +1295,7 @@ def test_a_continuation_that_does_it_wrong_is_seen(
     if outcome.status == "FINISHED":
         assert differences(folder, unbroken(spec)) != []
     else:
-        assert "this machine does not repeat its own results" in str(outcome.reason)
+        assert "though nothing known differs" in str(outcome.reason)
 
 
 def checkpoint_first(self: Training) -> None:
@@ -1235,7 +1308,7 @@ def checkpoint_first(self: Training) -> None:
 
 
 def flush_no_checkpoint() -> None:
-    checkpoint.os = SimpleNamespace(fsync=lambda file: None)
+    files.os = SimpleNamespace(**{**vars(os), "fsync": lambda file: None})
 
 
 def flush_no_journal() -> None:

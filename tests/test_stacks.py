@@ -2,7 +2,11 @@
 
 import gc
 import json
+import os
+import shlex
 import signal
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -254,6 +258,43 @@ def test_the_command_records_a_run_for_each_seed(fmnist: Fmnist, home: Path) -> 
             "figures",
         }
         assert len(run.outputs.model_outputs) == 1
+    wait_for(lambda: not state_folders(home))
+
+
+def test_many_runs_need_no_more_open_files_than_one(home: Path) -> None:
+    words = shlex.join([sys.executable, "-m", "fmnist", *SMALL, "--seeds", "16", "--no-sync"])
+    result = subprocess.run(
+        ["bash", "-c", f"ulimit -n 32; {words} --json"],
+        env={**os.environ, "FMNIST_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    outcomes = json.loads(result.stdout)["runs"]
+    assert [outcome["status"] for outcome in outcomes] == ["FINISHED"] * 16
+
+
+@pytest.mark.usefixtures("with_store")
+def test_a_run_is_let_go_of_when_it_ends_and_its_folder_stays_till_it_is_read(home: Path) -> None:
+    open_files, ended = list[int](), list[bool]()
+
+    def look(training: Training) -> None:
+        open_files.append(len(os.listdir("/proc/self/fd")))
+        ended.extend(
+            folder.running
+            for folder in state_folders(home)
+            if folder.path.name != training.journal.folder.name
+        )
+
+    context = runner.Context(home, say=lambda text: None, watch=look)
+    resolved = [experiments.Resolved(seeded(seed, stack=1), "seeded", {}, ()) for seed in range(3)]
+    outcomes = runner.run(resolved, context)
+    assert len(set(open_files)) == 1
+    assert ended
+    assert not any(ended)
+    assert [(each.status, each.unsynced) for each in outcomes] == [("FINISHED", None)] * 3
+    assert all(each.run_id for each in outcomes)
     wait_for(lambda: not state_folders(home))
 
 

@@ -4,12 +4,13 @@
     python tools/bootstrap.py .venv-bench requirements-bench.lock   # another environment, for `make bench`
 
 Two of these at once are safe: the second waits for the lock, then finds the work done. One that is cut short
-leaves no stamp, so the next one starts afresh.
+leaves no stamp, so the next one starts afresh: the stamp is the last that comes and the first that goes.
 """
 
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -42,12 +43,21 @@ def is_whole(expected):
     return STAMP.is_file() and STAMP.read_text() == expected
 
 
+def remove():
+    """Take the environment away, its stamp first: the rest goes in any order, and what a cut leaves must not pass for whole."""
+    STAMP.unlink(missing_ok=True)
+    folder = os.open(VENV, os.O_RDONLY)
+    os.fsync(folder)  # also where the power fails
+    os.close(folder)
+    shutil.rmtree(VENV)
+
+
 def build(expected):
     interpreter = getattr(
         sys, "_base_executable", sys.executable
     )  # an activated .venv is about to be removed
     if VENV.exists():
-        shutil.rmtree(VENV)
+        remove()
     free_gb = shutil.disk_usage(ROOT).free / 1e9
     if free_gb < NEEDED_GB:
         stop(
@@ -69,6 +79,7 @@ def build(expected):
                 "'%s' failed (its message is above); nothing half-built will be used: mend it and run the same command again"
                 % " ".join(command[1:4])
             )
+    os.sync()  # what the stamp vouches for is on the disk before it is
     partial = STAMP.with_name("stamp.partial")
     partial.write_text(expected)
     partial.rename(STAMP)
