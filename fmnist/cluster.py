@@ -108,6 +108,11 @@ class Cluster:
             raise UserError(
                 "--on ray: the nodes need an MLflow server that all of them reach; set MLFLOW_TRACKING_URI to it"
             )
+        if spec.compute.device.startswith("cuda:"):
+            raise UserError(
+                f"--on ray: compute.device: given {spec.compute.device}; Ray says which device of"
+                " which node a trial gets; give cuda"
+            )
         where = address or os.environ.get("RAY_ADDRESS", "auto")
         host, _, port = where.rpartition(":")
         try:

@@ -131,7 +131,7 @@ def _settings() -> str | None:
 def _code() -> str:
     """A digest of this package's own code: a change anywhere in it may round otherwise."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
 

@@ -65,16 +65,17 @@ def progress(number: int, training: "Training", evaluated: bool) -> Progress:
 # ---- the worker's side
 
 
-def serve(pipe: Connection, root: Path, sync: bool) -> None:
+def serve(pipe: Connection, root: Path, sync: bool, number: int) -> None:
     """A worker's life: train what comes through the pipe until it closes, which ends a run with a checkpoint."""
     os.setsid()  # a terminal's Ctrl-C goes to the sweep, which closes the pipe
-    from fmnist.engine import device, stack_size
+    from fmnist.engine import device, stack_size, take_turn
     from fmnist.state import Claims
 
     with contextlib.suppress(*GONE):
         spec = pipe.recv()
         try:
             claims = Claims(root)
+            take_turn(number)
             size = stack_size(spec.compute, device(spec.compute, spec.train.precision))
         except (FmnistError, OSError) as error:  # every worker would meet it
             pipe.send(str(error))
@@ -147,11 +148,12 @@ class Pool:
     def __init__(self, root: Path, jobs: int, sync: bool, spec: Any) -> None:
         self._make = multiprocessing.get_context("spawn")
         self._arguments, self._spec, self._failures = (root, sync), spec, 0
-        self.workers = [self._start() for _ in range(jobs)]
+        self.workers = [self._start(number) for number in range(jobs)]
 
-    def _start(self) -> Worker:
+    def _start(self, number: int) -> Worker:
+        """Start a worker; by its number it gets one of the machine's CUDA devices, where there are any."""
         ours, theirs = self._make.Pipe()
-        process = self._make.Process(target=serve, args=(theirs, *self._arguments))
+        process = self._make.Process(target=serve, args=(theirs, *self._arguments, number))
         process.start()
         theirs.close()
         ours.send(self._spec)
@@ -191,7 +193,7 @@ class Pool:
                     raise UserError(
                         f"the workers end before they are ready (exit code {worker.process.exitcode}); try one run: fmnist run"
                     )
-                self.workers[index] = self._start()
+                self.workers[index] = self._start(index)
 
     def _heard(self, worker: Worker) -> Iterator[Progress | Ended]:
         with contextlib.suppress(*GONE):

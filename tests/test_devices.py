@@ -390,6 +390,16 @@ def test_a_device_past_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         engine.device(specs.Compute(device="cuda:2"))
 
 
+def test_workers_take_turns_at_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for worker in range(5):
+        engine.take_turn(worker)
+    assert chosen == [0, 1, 2, 0, 1]
+
+
 # ---- on a CUDA device
 
 

@@ -429,6 +429,12 @@ def test_a_cluster_that_is_not_there_is_told(place: Path, server: Server) -> Non
     )  # which the server has no run of
     result = command(place, "sweep", "it", "--on", "ray")
     assert (result.returncode, "set MLFLOW_TRACKING_URI" in result.stderr) == (2, True)
+    tiny = place / "experiments" / "tiny.yaml"
+    plain = tiny.read_text()
+    tiny.write_text(f"{plain}compute:\n  device: cuda:1\n")
+    result = command(place, "sweep", "it", "--on", "ray", **server.environment)
+    assert (result.returncode, "given cuda:1; Ray says which" in result.stderr) == (2, True)
+    tiny.write_text(plain)
     result = command(
         place,
         "sweep",
