@@ -31,7 +31,14 @@ import torch
 
 from fmnist import checkpoint, tracking
 from fmnist import spec as specs
-from fmnist.state import StateFolder, carrier_lock, is_locked, state_folder, state_folders
+from fmnist.state import (
+    StateFolder,
+    carrier_lock,
+    holder,
+    is_locked,
+    state_folder,
+    state_folders,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SPEC = ["data.holdout=1000", "model.hidden=[32]", "train.epochs=3", "train.eval_every=200"]
@@ -72,9 +79,8 @@ class Home:
 
     def sidecar(self) -> int | None:
         lock = carrier_lock(self.folder)
-        with contextlib.suppress(OSError, ValueError):
-            return int(lock.read_text()) if is_locked(lock) else None
-        return None
+        found = holder(lock) if is_locked(lock) else None
+        return found.pid if found else None
 
     def wait(
         self,

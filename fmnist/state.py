@@ -6,7 +6,7 @@ spec.yaml         the resolved spec; environment.json: where the run began
 journal           its records, the source of truth
 checkpoint.pt     the training state, never ahead of what the disk holds of the journal; checkpoint.previous.pt: the one before
 predictions.npz   written at the end
-mlflow.json       written by who carries it: MLflow's run id, how far the journal is carried, the closing status
+mlflow.json       written by the upload: MLflow's run id, how far the journal is uploaded, the closing status, a digest of all that
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, TextIO
 
 import numpy as np
 
@@ -34,6 +34,8 @@ from fmnist import experiments
 from fmnist import spec as specs
 from fmnist.errors import Irreproducible, StoreError
 from fmnist.journal import ARRAYS, Record, Recorded, Result, Unequal, encode, read, unequal_values
+
+UPLOADER = "the uploader"
 
 
 def now_ms() -> int:
@@ -45,7 +47,7 @@ def state_folder(root: Path) -> Path:
 
 
 def carrier_lock(root: Path, store: str = "local") -> Path:
-    """Held, with its pid in it, by the one process that carries this root's journals into a store."""
+    """Held by the one process, written down in it (Holder), that carries this root's journals into a store."""
     digest = "" if store == "local" else f"-{hashlib.sha256(store.encode()).hexdigest()[:8]}"
     return root / "mlruns" / f".sidecar{digest}.lock"
 
@@ -71,6 +73,64 @@ def is_locked(path: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+class Holder(NamedTuple):
+    """The process that holds an upload lock, as it wrote itself down there."""
+
+    what: str
+    """UPLOADER, or a command that waits for nobody to end it."""
+    pid: int
+    host: str
+    process: str
+    """What tells it from others that had or will have its number; see `process`."""
+
+    def __str__(self) -> str:
+        return f"{self.what} (process {self.pid} on {self.host})"
+
+    @property
+    def is_uploader_here(self) -> bool:
+        """Whether this is, beyond doubt, an uploader that lives on this machine, and may be ended at any moment."""
+        here = self.host == socket.gethostname() and self.process == process(self.pid)
+        return here and self.what == UPLOADER
+
+
+def process(pid: int) -> str:
+    """A digest of when this machine's process of that number started, and of its command line; empty where none is found."""
+    try:
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        found = started.encode() + Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # no such process, or a system without /proc
+        try:
+            command = ["ps", "-o", "lstart=,args=", "-p", str(pid)]
+            found = subprocess.run(command, capture_output=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+    return hashlib.sha256(found).hexdigest()[:32]
+
+
+def hold(lock: TextIO, what: str) -> None:
+    """Write this process into a lock file that it holds."""
+    pid = os.getpid()
+    lock.truncate(0)
+    lock.write(json.dumps(Holder(what, pid, socket.gethostname(), process(pid))._asdict()))
+    lock.flush()
+
+
+def holder(lock: Path) -> Holder | None:
+    """Who wrote itself into a lock file last; None where nobody did."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Holder(**json.loads(lock.read_text()))
+    return None
+
+
+def end_uploader(lock: Path, number: int = signal.SIGTERM) -> None:
+    """Send a signal to the uploader that holds a lock, if there is one on this machine, even if it is stopped."""
+    found = holder(lock)
+    if found and found.is_uploader_here and is_locked(lock):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(found.pid, number)
+            os.kill(found.pid, signal.SIGCONT)
 
 
 @contextlib.contextmanager
@@ -344,9 +404,11 @@ class StateFolder:
 
     @property
     def carried(self) -> dict[str, Any]:
-        """What who carries it has noted: run_id, offset, closed, error; empty before it begins."""
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            return dict(json.loads((self.path / "mlflow.json").read_text()))
+        """What its upload has noted: run_id, offset, closed, error; empty before it begins, and where the note is damaged."""
+        with contextlib.suppress(FileNotFoundError, ValueError, TypeError, AttributeError):
+            note = json.loads((self.path / "mlflow.json").read_text())
+            if note.pop("sha256", None) == _digest(note):
+                return dict(note)
         return {}
 
     @property
@@ -373,8 +435,8 @@ class StateFolder:
         )
 
     def note(self, **fields: Any) -> None:
-        """Replace the carrier's note, whole or not at all."""
-        self._replace("mlflow.json", fields)
+        """Replace the upload's note, whole or not at all."""
+        self._replace("mlflow.json", {**fields, "sha256": _digest(fields)})
 
     def assign(self, store: str) -> None:
         """Say which store the run is for."""
@@ -386,10 +448,14 @@ class StateFolder:
         partial.replace(self.path / name)
 
     def remove(self) -> None:
-        """Take the folder away: out of sight first, so that nobody finds half of it."""
+        """Take the folder away: out of sight first, so that nobody finds half of it. Only sidecar.Carrier calls this, which see."""
         hidden = self.path.with_name(f".removed-{self.path.name}")
         self.path.rename(hidden)
         shutil.rmtree(hidden)
+
+
+def _digest(note: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()
 
 
 def find(root: Path, text: str) -> StateFolder:

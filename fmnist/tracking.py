@@ -85,6 +85,9 @@ INFO = {key: key for key in ("run_id", "experiment_id", "status")} | {
 }
 CURVES = ["train/loss", "train/accuracy", "train/lr", "val/loss", "val/accuracy"]
 REGISTERED, CHAMPION, MODEL_VERSIONS = "fmnist", "champion", "mlflow.modelVersions"
+UPLOADED = "uploaded"
+"""The tag that says how many bytes of its journal a run holds, and their digest."""
+DELETED_REASON = "the run was deleted in MLflow"
 DATA_URL = "https://github.com/zalandoresearch/fashion-mnist"
 
 
@@ -129,6 +132,16 @@ def server(root: Path, address: str) -> "Store":
         store = Store(root, address.rstrip("/"))
         store.identity()
         return store
+
+
+class Standing(NamedTuple):
+    """What a store says of a run."""
+
+    stage: str | None
+    """active or deleted; None where the store doesn't know the run."""
+    status: str = ""
+    uploaded: str = ""
+    """How much of its journal the store holds: the tag UPLOADED."""
 
 
 class Derived(NamedTuple):
@@ -248,14 +261,19 @@ class Store:
             )
         return inputs
 
-    def log_points(self, run_id: str, points: Iterable[Point]) -> None:
-        """Store points, a request per thousand; one that is stored already is left as it is."""
+    def log_points(
+        self, run_id: str, points: Iterable[Point], tags: Mapping[str, Any] | None = None
+    ) -> None:
+        """Store points, a request per thousand, and behind the last of them these tags; a point that is stored already is left as it is."""
         metrics = (
             self.entities.Metric(point.key, point.value, point.timestamp_ms, point.step)
             for point in points
         )
-        while batch := list(itertools.islice(metrics, BATCH)):
+        last = [self.entities.RunTag(key, value) for key, value in _texts(tags or {}).items()]
+        while len(batch := list(itertools.islice(metrics, BATCH))) == BATCH:
             self.client.log_batch(run_id, metrics=batch)
+        if batch or last:
+            self.client.log_batch(run_id, metrics=batch, tags=last)
 
     def count(self, run_id: str, keys: Iterable[str]) -> dict[str, int]:
         """How many points of each metric the store holds."""
@@ -381,14 +399,25 @@ class Store:
         for former in before:
             self.client.delete_run(former)
 
-    def is_deleted(self, run_id: str) -> bool:
-        """Whether the store is there and the run is not, or is deleted; raises what MLflow raises where that can't be told."""
+    def standing(self, run_id: str) -> "Standing":
+        """What the store says of a run; raises what MLflow raises where that can't be told."""
         try:
-            return bool(self.client.get_run(run_id).info.lifecycle_stage == "deleted")
+            run = self.client.get_run(run_id)
         except Exception as error:
             if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
-                return True
+                return Standing(None)
             raise
+        uploaded = run.data.tags.get(UPLOADED, "")
+        return Standing(str(run.info.lifecycle_stage), str(run.info.status), uploaded)
+
+    def end_deleted(self, run_id: str, ended_ms: int) -> None:
+        """Give a deleted run, to which nothing can be written, the status KILLED: restored later, it would say RUNNING for ever."""
+        self.client.restore_run(run_id)
+        try:
+            self.set_tags(run_id, {"outcome": "interrupted", "reason": DELETED_REASON})
+            self.close_run(run_id, "KILLED", ended_ms)
+        finally:
+            self.client.delete_run(run_id)
 
     # ---- the registry
 

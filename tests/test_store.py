@@ -196,7 +196,9 @@ def test_a_carrier_leaves_a_run_alone_that_is_continued_while_it_looks(
     path.write_bytes(
         path.read_bytes()[: journal_end(path, kept)]
     )  # as if killed before it had its results
-    folder.note(run_id="0" * 32, offset=path.stat().st_size, closed="KILLED")
+    carrier = sidecar.Carrier(folder, tracking.connect(home))
+    assert carrier.advance()
+    assert (carrier.closed, carrier.settled) == ("KILLED", True)
     taken: list[state.Journal] = []
     running = state.StateFolder.running
 
@@ -207,7 +209,7 @@ def test_a_carrier_leaves_a_run_alone_that_is_continued_while_it_looks(
         return not free
 
     monkeypatch.setattr(state.StateFolder, "running", property(taken_once_seen_free))
-    assert sidecar._settled(folder)
+    assert not carrier.advance()
     assert folder.path.exists()
 
 
