@@ -387,21 +387,12 @@ class Carrier:
         wrong = self._wrong_counts(records)
         if wrong and status == "FINISHED":
             status, reason = "FAILED", f"the store does not hold the points that were sent: {wrong}"
-        final = (
-            next((record.fields for record in records if record.kind == "final"), None)
-            if status == "FINISHED"
-            else None
-        )
-        weights, predictions = None, None
-        if final:
-            from fmnist import checkpoint
-
+        final, weights, predictions = None, None, None
+        if status == "FINISHED":
             try:
-                state = checkpoint.load(self.folder.path / checkpoint.NEWEST, self.spec)
-                weights = state["best"] if final["weights"] == "best" else state
-                predictions = _predictions(self.folder.path / "predictions.npz")
+                final, weights, predictions = self._results(records)
             except Exception as error:  # damaged since, in whatever way
-                status, reason, final = "FAILED", f"its results can't be read back: {error}", None
+                status, reason = "FAILED", f"its results can't be read back: {error}"
         with tempfile.TemporaryDirectory(prefix="fmnist-") as scratch:
             if end.get("traceback"):
                 Path(scratch, "traceback.txt").write_text(end["traceback"], encoding="utf-8")
@@ -427,6 +418,25 @@ class Carrier:
         if self.store.stale:  # all of this went into a file that is no more
             raise StoreError("the database was deleted or replaced meanwhile")
         self._note(status, reason)
+
+    def _results(self, records: list[Record]) -> tuple[dict[str, Any], Any, "pd.DataFrame"]:
+        """The `final` record of a finished run, its weights and predictions; raises where there are none, or not those on record."""
+        from fmnist import checkpoint
+
+        final = next((record.fields for record in records if record.kind == "final"), None)
+        if final is None:
+            raise ValueError("its journal says that it finished, and holds no results")
+        loaded = checkpoint.load(self.folder.path / checkpoint.NEWEST, self.spec)
+        weights = loaded["best"] if final["weights"] == "best" else loaded
+        path = self.folder.path / "predictions.npz"
+        found = {
+            "parameters": checkpoint.digest(weights["parameters"]),
+            "predictions": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for name, digest in found.items():
+            if digest != final["digests"][name]:
+                raise ValueError(f"the {name} on disk are not those that it recorded")
+        return final, weights, _predictions(path)
 
     def _last_ms(self, records: list[Record]) -> int:
         """When the last of these records was written."""

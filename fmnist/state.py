@@ -416,22 +416,18 @@ class StateFolder:
         """What came of it, or that it is being trained; None where it failed, is to be continued, or was deleted in MLflow."""
         if self.running:
             return Result("running", f"being trained by {self.holder}")
-        fields: dict[str, Any] = {}
-        for record in read(self.path / "journal")[0]:
-            fields = (
-                fields | record.fields
-                if record.kind in ("final", "end")
-                else {}
-                if record.kind == "resume"
-                else fields
-            )
-        outcome = fields.get("outcome", {"FINISHED": "finished"}.get(fields.get("status", "")))
+        records, _ = read(self.path / "journal")
+        end = records[-1].fields if records and records[-1].kind == "end" else {}
+        final = next((record.fields for record in records if record.kind == "final"), {})
+        outcome = end.get("outcome", {"FINISHED": "finished"}.get(end.get("status", "")))
         if outcome is None or self.carried.get("closed") == "DELETED":
             return None
+        if end["status"] == "FINISHED" and not final:
+            return None  # a finished run has results
         return Result(
             outcome,
             f"on its way into MLflow from {self.path.name}",
-            fields.get("metrics", {}).get("last/val_accuracy"),
+            final.get("metrics", {}).get("last/val_accuracy"),
         )
 
     def note(self, **fields: Any) -> None:

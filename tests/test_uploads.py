@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, Fmnist, stored_steps, wait_for
+from conftest import SMALL, Fmnist, command, make_home, stored_steps, wait_for
 
-from fmnist import journal, sidecar, state, tracking
+from fmnist import checkpoint, journal, sidecar, state, tracking
 from fmnist import spec as specs
 from fmnist.journal import ARRAYS
 from fmnist.state import Journal, StateFolder
@@ -395,3 +395,80 @@ def test_sync_waits_for_another_one_and_says_so(home: Path, with_store: None) ->
         sidecar.sync(home, end)
         who = f"another `fmnist sync` (process {other.pid} on {socket.gethostname()})"
         assert said == [f"waiting for {who}, which is uploading; if it hangs, end it"]
+
+
+# ---- results that are another's
+
+
+@pytest.fixture(scope="module")
+def two_finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with two finished runs of other seeds that are in no store."""
+    folder = make_home(tmp_path_factory.mktemp("finished"))
+    result = command(folder, *SMALL, "--seeds", "2", "--no-sync")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def swap(name: str) -> Callable[[Path, Path], object]:
+    return lambda one, other: shutil.copy(other / name, one / name)
+
+
+def alter_checkpoint(one: Path, _: Path) -> None:
+    """Change one weight and have the file's own checksum fit."""
+    spec = StateFolder.at(one).spec
+    loaded = checkpoint.load(one / checkpoint.NEWEST, spec)
+    loaded["parameters"][0] += 1
+    checkpoint.save(one, spec, loaded)
+
+
+def forget_results(one: Path, _: Path) -> None:
+    records = journal.read(one / "journal")[0]
+    kept = (journal.encode(record) for record in records if record.kind != "final")
+    (one / "journal").write_bytes(b"".join(kept))
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda one, other: None, None),
+        (swap("predictions.npz"), "the predictions on disk are not those that it recorded"),
+        (alter_checkpoint, "the parameters on disk are not those that it recorded"),
+        (forget_results, "its journal says that it finished, and holds no results"),
+    ],
+    ids=["none", "predictions", "parameters", "no results"],
+)
+def test_only_results_that_the_run_recorded_are_taken_for_its_own(
+    harm: Callable[[Path, Path], object],
+    told: str | None,
+    two_finished: Path,
+    home: Path,
+    with_store: None,
+) -> None:
+    shutil.copytree(state.state_folder(two_finished), state.state_folder(home))
+    one, other = state.state_folders(home)
+    harm(one.path, other.path)
+    if harm is forget_results:
+        assert one.result is None
+    carrier = sidecar.Carrier(one, tracking.connect(home))
+    assert carrier.advance()
+    assert carrier.closed == ("FAILED" if told else "FINISHED")
+    assert (told or "") in (carrier.reason or "")
+
+
+def test_results_on_record_are_kept_where_a_run_ends_again(two_finished: Path, home: Path) -> None:
+    """As where the end was lost and another machine, whose last bits differ, goes on."""
+    shutil.copytree(state.state_folder(two_finished), state.state_folder(home))
+    folder = state.state_folders(home)[0]
+    path = folder.path / "journal"
+    records = journal.read(path)[0]
+    path.write_bytes(b"".join(journal.encode(record) for record in records[:-1]))
+    before = (folder.path / "predictions.npz").stat().st_mtime_ns
+    assert folder.resumable
+    assert command(home, *SMALL, "--no-sync").returncode == 0
+    assert (folder.path / "predictions.npz").stat().st_mtime_ns == before
+    result = folder.result
+    assert result is not None
+    assert (result.outcome, result.accuracy) == (
+        "finished",
+        records[-2].fields["metrics"]["last/val_accuracy"],
+    )
