@@ -17,6 +17,7 @@ import gc
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -202,6 +203,8 @@ def _carry_whole(
             pass
         carrier.remove()
         result |= {"run_id": carrier.run_id, "status": carrier.closed or "RUNNING"}
+        if carrier.remark:
+            say(f"{folder.path.name}: {carrier.remark}")
         say(
             f"{folder.path.name}: {carrier.closed or 'still running; what there is so far is stored'}"
         )
@@ -232,6 +235,8 @@ class Carrier:
     def _take_up(self, note: dict[str, Any]) -> None:
         """Go on where the last upload got to by its note, as far as the journal and the store bear that out."""
         known = note.get("store", self.identity) == self.identity
+        self.key: str = note.get("key", self.folder.run["key"])
+        self.remark: str | None = note.get("remark")
         self.run_id: str = note.get("run_id", "")
         self.experiment_id: str = note.get("experiment_id", "")
         self.closed: str | None = note.get("closed")
@@ -244,7 +249,7 @@ class Carrier:
             standing = self.store.standing(self.run_id)
         if standing.stage is None:  # it goes whole into the store that there is now
             self.run_id, self.offset, self.closed = "", 0, None
-        elif standing.stage == "active":
+        elif standing.stage == "active" and not self._is_of_a_copy(standing.uploaded):
             if _bytes(standing.uploaded) < self.offset:  # the store was put back from a copy
                 self.offset, self.closed = 0, None
             if standing.status != self.closed:  # that, or the run was restored after it was deleted
@@ -267,9 +272,7 @@ class Carrier:
         Only a run that the store says is deleted counts as deleted: one that is not found is uploaded anew.
         """
         if self.folder.unfinished or self.folder.running:
-            return (
-                False  # asked in this order: one that is unfinished may be continued at any moment
-            )
+            return False  # in this order: one that is unfinished may be continued at any moment
         self._take_up(self.folder.carried)
         if not self.settled:
             return True
@@ -303,26 +306,22 @@ class Carrier:
         return "active"
 
     def _carry(self) -> bool:
-        running = (
-            self.folder.running
-        )  # asked before reading: what was written before the end is then surely read
+        # asked before reading: what was written before the end is then surely read
+        running = self.folder.running
+        records, offset = read(self.journal, self.offset)
+        if self._can_wait(records, running):
+            return False
         if not self.run_id:
             self._open()
-        elif not self._is_open:
+        if not self.store.local:  # a local store is of one folder, and so of one copy
+            uploaded = self.store.standing(self.run_id).uploaded
+            if self._is_of_a_copy(uploaded):
+                self._branch_off(uploaded)
+                return True
+        if not self._is_open:
             self.store.reopen(self.run_id)
             self._is_open = True
             self._note(None, None)
-        records, offset = read(self.journal, self.offset)
-        steps = sum(record.fields.get("count", 0) for record in records)
-        many = 2 * steps // self.spec.tracking.log_every >= SEND_POINTS
-        if (
-            records
-            and running
-            and not _has_ended(records)
-            and not many
-            and time.monotonic() < self._send_due
-        ):
-            return False
         if records:
             self._send_due = time.monotonic() + SEND_S
             with open(self.journal) as file:
@@ -338,6 +337,36 @@ class Carrier:
             return True
         return bool(records)
 
+    def _can_wait(self, records: list[Record], running: bool) -> bool:
+        """Tell whether there is nothing to do for this run yet, or so little that it would cost more than it is worth."""
+        if not running or not self.run_id or not self._is_open:
+            return False
+        if _has_ended(records) or (self._ended and not records):
+            return False
+        steps = sum(record.fields.get("count", 0) for record in records)
+        many = 2 * steps // self.spec.tracking.log_every >= SEND_POINTS
+        return not records or (not many and time.monotonic() < self._send_due)
+
+    def _is_of_a_copy(self, uploaded: str) -> bool:
+        """Tell from what the store says was uploaded whether a copy of this folder was continued elsewhere: this journal lacks it."""
+        count = _bytes(uploaded)
+        if count <= self.offset:
+            return False  # that much was uploaded from here
+        size = self.journal.stat().st_size
+        if read(self.journal)[1] < min(count, size):
+            return False  # damaged, or cut off when the run is continued
+        return size < count or _mark(self.journal, count) != uploaded
+
+    def _branch_off(self, uploaded: str) -> None:
+        """Go on as another run: in the one so far every point would be there twice from where the copies part."""
+        self.remark = (
+            f"another copy of this run was continued and has uploaded {_bytes(uploaded):,} bytes of its"
+            f" journal to run {self.run_id[:8]}; this one is recorded as a run of its own"
+        )
+        self.key = f"{self.folder.run['key']}-{secrets.token_hex(3)}"
+        self.run_id, self.offset, self._ended = "", 0, False
+        self._note(None, None)  # before the run is made: it is then found by its key
+
     def _send(self, records: list[Record], end: int) -> None:
         """Store the points of records that end at this byte of the journal, and say in the store how far it holds it."""
         sent = (point for record in records for point in points(self.spec, record))
@@ -345,7 +374,7 @@ class Carrier:
 
     def _note(self, closed: str | None, reason: str | None) -> None:
         self.closed, self.reason = closed, reason
-        names = ("run_id", "experiment_id", "offset", "closed", "reason")
+        names = ("run_id", "experiment_id", "key", "offset", "closed", "reason", "remark")
         self.folder.note(store=self.identity, **{name: getattr(self, name) for name in names})
 
     def _open(self) -> None:
@@ -367,9 +396,9 @@ class Carrier:
             "mlflow.note.content": spec.question,
         }
         self.experiment_id = self.store.experiment(spec.tracking.experiment)
-        key, name, begun = run["key"], run["name"], run["started_ms"]
+        name, begun = run["name"], run["started_ms"]
         self.run_id = self.store.create_run(
-            self.experiment_id, key, name, begun, spec, tags, environment["data_digest"]
+            self.experiment_id, self.key, name, begun, spec, tags, environment["data_digest"]
         )
         self._is_open = True
         self._note(None, None)

@@ -15,9 +15,10 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import unquote
 
 import numpy as np
@@ -85,10 +86,17 @@ INFO = {key: key for key in ("run_id", "experiment_id", "status")} | {
 }
 CURVES = ["train/loss", "train/accuracy", "train/lr", "val/loss", "val/accuracy"]
 REGISTERED, CHAMPION, MODEL_VERSIONS = "fmnist", "champion", "mlflow.modelVersions"
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+CREATE_WAITS_S = (0.2, 2.0)
+"""How long to wait for the end of a request whose answer was lost, before looking for what it made."""
+SERVER_ERROR = 500
 UPLOADED = "uploaded"
 """The tag that says how many bytes of its journal a run holds, and their digest."""
 DELETED_REASON = "the run was deleted in MLflow"
 DATA_URL = "https://github.com/zalandoresearch/fashion-mnist"
+
+
+Thing = TypeVar("Thing")
 
 
 def uri(root: Path) -> str:
@@ -218,17 +226,19 @@ class Store:
         digest: str,
     ) -> str:
         """The id of the run with this key: created with its parameters, tags and datasets unless an earlier attempt got that far."""
-        earlier = self.client.search_runs(
-            [experiment], f"tags.run_key = '{key}'", self.entities.ViewType.ALL, max_results=1
-        )
         all_tags = _texts(
             {**tags, "run_key": key, "mlflow.source.name": "fmnist", "mlflow.source.type": "LOCAL"}
         )
-        info = (
-            earlier[0].info
-            if earlier
-            else self.client.create_run(experiment, started_ms, all_tags, name).info
+
+        def look() -> Any | None:
+            of_key = f"tags.run_key = '{key}'"
+            found = self.client.search_runs([experiment], of_key, self.entities.ViewType.ALL)
+            return next(iter(sorted(found, key=lambda run: run.info.lifecycle_stage)), None)
+
+        made = look() or _made(
+            lambda: self.client.create_run(experiment, started_ms, all_tags, name), look
         )
+        info = made.info
         if info.lifecycle_stage == "active":  # nothing can be added to a deleted one
             values = {
                 path: value
@@ -303,16 +313,17 @@ class Store:
         if run.outputs and run.outputs.model_outputs:
             return  # an earlier attempt got that far
         experiment = run.info.experiment_id
-        begun = self.client.search_logged_models(
-            [experiment], f"source_run_id = '{run_id}'", max_results=1
-        )
+
+        def look() -> Any | None:
+            of_run = f"source_run_id = '{run_id}'"
+            return next(iter(self.client.search_logged_models([experiment], of_run)), None)
+
         # mlflow.pytorch.log_model would read the whole metric history of the run back; the calls below it don't.
-        logged = (
-            begun[0]
-            if begun
-            else self.client.create_logged_model(
+        logged = look() or _made(
+            lambda: self.client.create_logged_model(
                 experiment, "model", run_id, None, run.data.params, "classifier"
-            )
+            ),
+            look,
         )
         model_id = logged.model_id
         identity = {
@@ -374,9 +385,16 @@ class Store:
                 "mlflow.source.type": "LOCAL",
             }
         )
-        run_id = self.client.create_run(
-            new.experiment_id, new.started_ms, tags, new.name
-        ).info.run_id
+
+        def look() -> str | None:
+            now = self.derived(new.experiment_id, new.kind, new.key)
+            return next((run_id for run_id in now if run_id not in before), None)
+
+        def create() -> str:
+            made = self.client.create_run(new.experiment_id, new.started_ms, tags, new.name)
+            return str(made.info.run_id)
+
+        run_id = _made(create, look)
         self.client.log_batch(
             run_id,
             params=[self.entities.Param(key, value) for key, value in new.parameters.items()],
@@ -439,18 +457,27 @@ class Store:
     ) -> int:
         """Register a run's model with these tags, as the champion or not; returns its version."""
         model_id = self.client.get_run(run_id).outputs.model_outputs[0].model_id
-        with contextlib.suppress(Exception):  # it is there already
+        with contextlib.suppress(Exception), _sent_once():  # it is there already
             self.client.create_registered_model(
                 REGISTERED, description="Models of fmnist; the alias `champion` is the one to load."
             )
         model = self.client.get_logged_model(model_id)
-        made = self.client.create_model_version(
-            REGISTERED,
-            model.artifact_location,
-            run_id,
-            _texts(tags),
-            description=description,
-            model_id=model_id,
+        before = self._versions(run_id)
+
+        def look() -> Any | None:
+            now = self._versions(run_id)
+            return next((now[version] for version in now if version not in before), None)
+
+        made = _made(
+            lambda: self.client.create_model_version(
+                REGISTERED,
+                model.artifact_location,
+                run_id,
+                _texts(tags),
+                description=description,
+                model_id=model_id,
+            ),
+            look,
         )
         versions = [
             *json.loads(model.tags.get(MODEL_VERSIONS, "[]")),
@@ -462,6 +489,11 @@ class Store:
         if champion:
             self.make_champion(made.version)
         return int(made.version)
+
+    def _versions(self, run_id: str) -> dict[str, Any]:
+        """The registered versions of a run's model, by number."""
+        found = self.client.search_model_versions(f"run_id = '{run_id}'")
+        return {str(version.version): version for version in found}
 
     def make_champion(self, version: str) -> None:
         self.client.set_registered_model_alias(REGISTERED, CHAMPION, str(version))
@@ -641,6 +673,36 @@ def the_one(runs: "pd.DataFrame", text: str) -> "pd.Series":
             f"{text!r} fits {len(fits)} runs{f'; give the id of one: {known}' if known else '; `fmnist runs` lists them'}"
         )
     return fits.iloc[0]
+
+
+@contextlib.contextmanager
+def _sent_once() -> Iterator[None]:
+    """Keep MLflow from sending a request again by itself: one whose answer was lost may have made what it asks for."""
+    before = os.environ.get(RETRIES)
+    os.environ[RETRIES] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(RETRIES)
+        if before is not None:
+            os.environ[RETRIES] = before
+
+
+def _made(create: Callable[[], Thing], look: Callable[[], Thing | None]) -> Thing:
+    """What `create` makes; where its answer is lost, what `look` finds is taken before it is tried again."""
+    for wait_s in CREATE_WAITS_S:
+        try:
+            with _sent_once():
+                return create()
+        except Exception as error:
+            status = getattr(error, "get_http_status_code", lambda: SERVER_ERROR)()
+            if status < SERVER_ERROR:  # the request was understood and refused
+                raise
+        time.sleep(wait_s)
+        if (found := look()) is not None:
+            return found
+    with _sent_once():
+        return create()
 
 
 def _texts(tags: Mapping[str, Any]) -> dict[str, str]:
