@@ -110,7 +110,9 @@ def _serve(root: Path) -> None:
         carriers = {each.path: carriers[each.path] for each in folders if each.path in carriers}
         for folder in folders:
             try:
-                store = store or tracking.connect(root, create=True)
+                if store is None:
+                    store = tracking.connect(root, create=True)
+                    grown |= _half_written_groups(store)
                 if folder.path not in carriers:
                     carriers[folder.path] = Carrier(folder, store)
                 carrier = carriers[folder.path]
@@ -139,13 +141,20 @@ def _serve(root: Path) -> None:
         time.sleep(backoff)
 
 
+def _half_written_groups(store: tracking.Store) -> set[str]:
+    """The groups whose run was not written to its end, as where the one before this process was killed over it."""
+    tags = (run.data.tags for run in store.half_written())
+    return {each["group"] for each in tags if each["kind"] == "group"}
+
+
 def _folders(root: Path, *stores: str | None) -> list[StateFolder]:
     """The state folders of the runs that are meant for one of these stores."""
     return [folder for folder in state_folders(root) if folder.run["store"] in stores]
 
 
 def _complain(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}", flush=True)
+    with contextlib.suppress(OSError):  # the log's disk is full
+        print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}", flush=True)
 
 
 def _regroup(store: tracking.Store, key: str | None) -> None:

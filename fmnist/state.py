@@ -36,6 +36,8 @@ from fmnist.errors import Irreproducible, StoreError
 from fmnist.journal import ARRAYS, Record, Recorded, Result, Unequal, encode, read, unequal_values
 
 UPLOADER = "the uploader"
+PROBE_BYTES = 65_536
+"""Enough for an upload's notes and for its log."""
 
 
 def now_ms() -> int:
@@ -53,16 +55,34 @@ def carrier_lock(root: Path, store: str = "local") -> Path:
 
 
 def start_carrier(root: Path) -> "subprocess.Popen[bytes] | None":
-    """Start the store's sidecar, unless one is at work: another would find that only after importing for a second. Its words: mlruns/sidecar.log."""
+    """Start the store's sidecar, unless one is at work or none can be started; its words: mlruns/sidecar.log.
+
+    Another one would find that one is at work only after importing for a second.
+    """
     if is_locked(carrier_lock(root, specs.store_name())):
         return None
     command = [sys.executable, "-m", "fmnist.sidecar", str(root)]
-    with open(
-        root / "mlruns" / "sidecar.log", "ab"
-    ) as log:  # in a session of its own: Ctrl-C reaches the trainer only
+    with (
+        contextlib.suppress(OSError),  # a full disk; who waits for the upload says so
+        open(root / "mlruns" / "sidecar.log", "ab") as log,
+    ):  # in a session of its own: Ctrl-C reaches the trainer only
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
+    return None
+
+
+def unwritable(root: Path) -> str | None:
+    """Why no file can be written in mlruns/ now, as on a disk that is full or has no inodes left; None where one can."""
+    probe = root / "mlruns" / f".probe-{os.getpid()}"
+    try:
+        probe.write_bytes(bytes(PROBE_BYTES))
+    except OSError as error:
+        return f"{root / 'mlruns'} can't be written: {error.strerror}"
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    return None
 
 
 def is_locked(path: Path) -> bool:
@@ -112,9 +132,10 @@ def process(pid: int) -> str:
 def hold(lock: TextIO, what: str) -> None:
     """Write this process into a lock file that it holds."""
     pid = os.getpid()
-    lock.truncate(0)
-    lock.write(json.dumps(Holder(what, pid, socket.gethostname(), process(pid))._asdict()))
-    lock.flush()
+    found = Holder(what, pid, socket.gethostname(), process(pid))
+    os.ftruncate(lock.fileno(), 0)
+    with contextlib.suppress(OSError):  # on a full disk nobody can be told, and the lock is held
+        os.write(lock.fileno(), json.dumps(found._asdict()).encode())
 
 
 def holder(lock: Path) -> Holder | None:

@@ -235,10 +235,10 @@ class Store:
             found = self.client.search_runs([experiment], of_key, self.entities.ViewType.ALL)
             return next(iter(sorted(found, key=lambda run: run.info.lifecycle_stage)), None)
 
-        made = look() or _made(
+        found = look() or made(
             lambda: self.client.create_run(experiment, started_ms, all_tags, name), look
         )
-        info = made.info
+        info = found.info
         if info.lifecycle_stage == "active":  # nothing can be added to a deleted one
             values = {
                 path: value
@@ -319,7 +319,7 @@ class Store:
             return next(iter(self.client.search_logged_models([experiment], of_run)), None)
 
         # mlflow.pytorch.log_model would read the whole metric history of the run back; the calls below it don't.
-        logged = look() or _made(
+        logged = look() or made(
             lambda: self.client.create_logged_model(
                 experiment, "model", run_id, None, run.data.params, "classifier"
             ),
@@ -391,10 +391,10 @@ class Store:
             return next((run_id for run_id in now if run_id not in before), None)
 
         def create() -> str:
-            made = self.client.create_run(new.experiment_id, new.started_ms, tags, new.name)
-            return str(made.info.run_id)
+            run = self.client.create_run(new.experiment_id, new.started_ms, tags, new.name)
+            return str(run.info.run_id)
 
-        run_id = _made(create, look)
+        run_id = made(create, look)
         self.client.log_batch(
             run_id,
             params=[self.entities.Param(key, value) for key, value in new.parameters.items()],
@@ -416,6 +416,12 @@ class Store:
         )  # last: a derived run without it is made again
         for former in before:
             self.client.delete_run(former)
+
+    def half_written(self) -> list[Any]:
+        """The derived runs that say RUNNING: being written at this moment, or by a process that was killed over it."""
+        ids = [experiment.experiment_id for experiment in self.client.search_experiments()]
+        found = self.client.search_runs(ids, "status = 'RUNNING' and tags.kind != 'run'")
+        return [run for run in found if run.data.tags.get(run.data.tags["kind"])]
 
     def standing(self, run_id: str) -> "Standing":
         """What the store says of a run; raises what MLflow raises where that can't be told."""
@@ -468,7 +474,7 @@ class Store:
             now = self._versions(run_id)
             return next((now[version] for version in now if version not in before), None)
 
-        made = _made(
+        version = made(
             lambda: self.client.create_model_version(
                 REGISTERED,
                 model.artifact_location,
@@ -481,14 +487,14 @@ class Store:
         )
         versions = [
             *json.loads(model.tags.get(MODEL_VERSIONS, "[]")),
-            {"name": REGISTERED, "version": made.version},
+            {"name": REGISTERED, "version": version.version},
         ]
         self.client.set_logged_model_tags(
             model_id, {MODEL_VERSIONS: json.dumps(versions)}
         )  # what MLflow's pages link the two by
         if champion:
-            self.make_champion(made.version)
-        return int(made.version)
+            self.make_champion(version.version)
+        return int(version.version)
 
     def _versions(self, run_id: str) -> dict[str, Any]:
         """The registered versions of a run's model, by number."""
@@ -688,7 +694,7 @@ def _sent_once() -> Iterator[None]:
             os.environ[RETRIES] = before
 
 
-def _made(create: Callable[[], Thing], look: Callable[[], Thing | None]) -> Thing:
+def made(create: Callable[[], Thing], look: Callable[[], Thing | None]) -> Thing:
     """What `create` makes; where its answer is lost, what `look` finds is taken before it is tried again."""
     for wait_s in CREATE_WAITS_S:
         try:

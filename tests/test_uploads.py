@@ -10,17 +10,19 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, Fmnist, command, make_home, stored_steps, wait_for
+from conftest import SMALL, Fmnist, command, make_home, stop_sidecar, stored_steps, wait_for
 
-from fmnist import checkpoint, journal, sidecar, state, tracking
+from fmnist import checkpoint, doctor, journal, runner, sidecar, state, tracking
 from fmnist import spec as specs
 from fmnist.journal import ARRAYS
 from fmnist.state import Journal, StateFolder
+from fmnist.training import Outcome
 
 SPEC = specs.ExperimentSpec(
     name="small", train=specs.Train(epochs=1, batch_size=6000), tracking=specs.Tracking()
@@ -472,3 +474,108 @@ def test_results_on_record_are_kept_where_a_run_ends_again(two_finished: Path, h
         "finished",
         records[-2].fields["metrics"]["last/val_accuracy"],
     )
+
+
+# ---- runs that are complete on this disk only
+
+
+def test_seeds_that_are_complete_on_this_disk_get_into_the_store(
+    two_finished: Path, home: Path, with_store: None
+) -> None:
+    shutil.copytree(state.state_folder(two_finished), state.state_folder(home))
+    result = command(home, *SMALL, "--seeds", "2")
+    assert result.returncode == 0, result.stderr
+    assert "2 of the runs are complete on this disk; waiting for their upload" in result.stderr
+    runs = tracking.connect(home).runs(status=None)
+    assert sorted(runs["t/seed"]) == ["0", "1"]
+    assert set(runs["status"]) == {"FINISHED"}
+
+
+def test_a_group_that_was_not_written_to_its_end_is_named_and_ended(
+    home: Path, with_store: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tracking.connect(home)
+    experiment = store.experiment("fashion-mnist")
+    new = tracking.Derived(
+        experiment, "group", "key", "a group (2 seeds)", {}, {}, [], [], 1, 2, "FINISHED", "x"
+    )
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    (home / "files").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(store.client, "set_terminated", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.replace(new, home / "files")
+    assert sidecar._half_written_groups(store) == {"key"}
+    told = [finding for finding in doctor._store(home) if finding.remedy == "fmnist sync"]
+    assert "the run of group a group (2 seeds) says RUNNING" in told[0].what
+    sidecar.sync(home, lambda text: None)
+    assert store.half_written() == []
+    assert not [finding for finding in doctor._store(home) if finding.remedy]
+
+
+def test_doctor_names_a_run_that_the_store_does_not_know(home: Path, with_store: None) -> None:
+    before = copy(home, home / "before.db")
+    failed(home, resumable=True)
+    sidecar.sync(home, lambda text: None)
+    assert not [finding for finding in doctor._store(home) if finding.remedy]
+    write_back(home, before)
+    [told] = [finding for finding in doctor._store(home) if finding.remedy]
+    assert "is not in the store any more" in told.what
+
+
+# ---- a disk that takes nothing
+
+
+@pytest.fixture
+def small_disk(home: Path) -> Iterator[Path]:
+    """mlruns/ on a disk of its own, of 1 MB and 40 inodes."""
+    folder = home / "mlruns"
+    folder.mkdir()
+    options = "size=1m,nr_inodes=40"
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this test mounts a small disk, which is not allowed here")
+    try:
+        yield folder
+    finally:
+        stop_sidecar(home)
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    with contextlib.suppress(OSError), open(folder / "full", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def use_inodes(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        for number in range(100):
+            (folder / f"used {number}").touch()
+
+
+@pytest.mark.parametrize("use_up", [fill, use_inodes])
+def test_a_full_disk_is_told_of_at_once_with_how_long_was_waited(
+    use_up: Callable[[Path], None], home: Path, small_disk: Path
+) -> None:
+    folder = failed(home)
+    folder.assign("local")
+    use_up(small_disk)
+    outcome = Outcome(folder.path.name, "small")
+    began, said = time.monotonic(), list[tuple[float, str]]()
+    context = runner.Context(
+        home, say=lambda text: said.append((time.monotonic() - began, text)), patience_s=3
+    )
+    runner.hand_over([outcome], context)
+    waited = time.monotonic() - began
+    full = f"{small_disk} can't be written: No space left on device"
+    assert full in said[0][1]
+    assert said[0][0] < 1
+    assert waited < 10
+    assert outcome.unsynced == f"{full}; waited for {waited:.0f} s; mlruns/sidecar.log may say more"
+    assert folder.path.exists()

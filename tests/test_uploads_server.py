@@ -17,7 +17,7 @@ import pytest
 from conftest import free_port, stored_steps, wait_for
 from test_uploads import begin, end, failed, train
 
-from fmnist import sidecar, state, tracking
+from fmnist import moving, sidecar, state, tracking
 from fmnist.journal import Point
 from fmnist.state import Journal, StateFolder
 
@@ -212,6 +212,20 @@ def test_a_lost_answer_makes_no_second_model_or_version(
     assert [*store._versions(run_id)] == [str(version)]
 
 
+def test_a_lost_answer_makes_no_second_run_where_a_store_is_moved(
+    server: Server, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as local:
+        local.delenv("MLFLOW_TRACKING_URI")
+        folder = failed(home)
+        sidecar.sync(home, lambda text: None)
+        here = tracking.connect(home)
+        with losing(server, monkeypatch, "runs/create") as proxy:
+            there = tracking.server(home, f"http://127.0.0.1:{proxy.server_port}")
+            assert [each.problem for each in moving.move(here, there)] == [None]
+    assert [*runs_of(folder.path.name, home).values()] == [("FAILED", STEPS)]
+
+
 def test_a_request_that_is_refused_is_not_repeated() -> None:
     class Refused(Exception):
         def get_http_status_code(self) -> int:
@@ -224,7 +238,7 @@ def test_a_request_that_is_refused_is_not_repeated() -> None:
         raise Refused
 
     with pytest.raises(Refused):
-        tracking._made(create, lambda: None)
+        tracking.made(create, lambda: None)
     assert asked == [1]
 
 
