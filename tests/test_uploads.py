@@ -544,7 +544,8 @@ def small_disk(home: Path) -> Iterator[Path]:
         yield folder
     finally:
         stop_sidecar(home)
-        subprocess.run(["umount", str(folder)], check=True)
+        # lazily: an uploader that was just started may still have its log open there
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fill(folder: Path) -> None:
