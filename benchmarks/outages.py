@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
@@ -94,11 +93,9 @@ def home() -> Iterator[Path]:
         for lock in (folder / "mlruns").glob(
             ".sidecar*.lock"
         ):  # a sidecar idles on; it must not compete with what is timed next
-            with contextlib.suppress(ValueError, ProcessLookupError):
-                pid = int(lock.read_text())
-                while True:
-                    os.kill(pid, signal.SIGTERM)
-                    time.sleep(0.05)
+            while state.is_locked(lock):
+                state.end_uploader(lock)
+                time.sleep(0.05)
 
 
 def start(overrides: list[str]) -> "subprocess.Popen[str]":

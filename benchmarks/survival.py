@@ -1,10 +1,14 @@
 """Kill -9 trainers and sidecars at random moments until their runs are done, and compare every result with an unbroken run's.
 
     make soak                                                   # 300 kills, at least 30 in each phase; some 40 minutes on 2 cores
-    python benchmarks/survival.py --kills 20 --per-phase 2      # the short form
+    python benchmarks/survival.py --kills 20 --per-phase 2 --harms 1    # the short form
 
 The phase of a kill is read from the state folder behind it. A result is whole when every curve, evaluation, weight, prediction and
-figure of it has the unbroken run's bits and MLflow holds every point once. Exit 1 if one is not.
+figure of it has the unbroken run's bits and MLflow holds every point once.
+
+Then harm of three other kinds is done to interrupted and complete runs (--harms of each): the database is put back from a copy that
+was made before the run, the whole home is copied and continued in both places, and a bit is flipped in a file of a state folder.
+After each, the points that the journal held are in the store, or the journal is still on disk. Exit 1 if anything is not as said.
 """
 
 import argparse
@@ -29,9 +33,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from fmnist import checkpoint, tracking
+from fmnist import checkpoint, journal, state, tracking
 from fmnist import spec as specs
-from fmnist.state import StateFolder, carrier_lock, is_locked, state_folder, state_folders
+from fmnist.state import (
+    StateFolder,
+    carrier_lock,
+    holder,
+    is_locked,
+    state_folder,
+    state_folders,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SPEC = ["data.holdout=1000", "model.hidden=[32]", "train.epochs=3", "train.eval_every=200"]
@@ -50,8 +61,9 @@ class Home:
         (folder / "data").symlink_to(REPOSITORY / "data")
         os.environ["FMNIST_HOME"] = str(folder)
 
-    def start(self) -> "subprocess.Popen[bytes]":
+    def start(self, *more: str) -> "subprocess.Popen[bytes]":
         arguments = ["run", "baseline", "--json", *(f"--set={override}" for override in SPEC)]
+        arguments += more
         with open(self.folder / "trainer.log", "ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-c", COMMAND, *arguments], stdout=log, stderr=log
@@ -72,9 +84,8 @@ class Home:
 
     def sidecar(self) -> int | None:
         lock = carrier_lock(self.folder)
-        with contextlib.suppress(OSError, ValueError):
-            return int(lock.read_text()) if is_locked(lock) else None
-        return None
+        found = holder(lock) if is_locked(lock) else None
+        return found.pid if found else None
 
     def wait(
         self,
@@ -258,6 +269,141 @@ def faults(found: dict[str, object], whole: dict[str, object]) -> list[str]:
     return wrong + [name for name in ("status", "figures") if found[name] != whole[name]]
 
 
+# ---- other harm
+
+
+def interrupted(home: Home) -> StateFolder:
+    """A run that was killed midway, and no process at work on it."""
+    for _ in range(20):
+        began, trainer = time.time(), home.start()
+        kill_in(home, "segment", trainer, began)
+        trainer.wait()
+        end_uploader(home)
+        if (folder := home.state()) is not None and folder.resumable:
+            return folder
+    raise AssertionError("no run was killed midway in 20 tries")
+
+
+def end_uploader(home: Home) -> None:
+    lock = carrier_lock(home.folder)
+    while is_locked(lock):
+        state.end_uploader(lock)
+        time.sleep(0.05)
+
+
+def journalled(folder: StateFolder) -> set[tuple[str, int, float]]:
+    """The points that a journal holds."""
+    spec, (records, _) = folder.spec, journal.read(folder.path / "journal")
+    found = (point for record in records for point in journal.points(spec, record))
+    return {(point.key, point.step, point.value) for point in found}
+
+
+def is_kept(home: Path, name: str, points: set[tuple[str, int, float]]) -> bool:
+    """Whether a run is on this disk, or one in the store holds these points of it: what must be so whatever happens."""
+    if any((state_folder(home) / each).exists() for each in (name, f".removed-{name}")):
+        return True
+    stored = collections.defaultdict(set)
+    with contextlib.closing(sqlite3.connect(tracking.database(home))) as connection:
+        for run_id, *point in connection.execute("SELECT run_uuid, key, step, value FROM metrics"):
+            stored[run_id].add(tuple(point))
+    return any(points <= found for found in stored.values())
+
+
+def copy_of(home: Home) -> Home:
+    """A copy of the home as it is, to be removed by who asked for it."""
+    into = home.folder.with_name(f"{home.folder.name}-copy")
+    shutil.copytree(home.folder, into, symlinks=True)
+    copied = Home.__new__(Home)
+    copied.folder, copied.random = into, home.random
+    os.environ["FMNIST_HOME"] = str(into)
+    return copied
+
+
+def sync() -> None:
+    subprocess.run([sys.executable, "-m", "fmnist", "sync"], capture_output=True)
+
+
+def new_run(home: Home, known: set[str], whole: dict[str, object]) -> list[str]:
+    """Let the run be done that is on disk, and tell what is wrong with the one that the store has gained."""
+    folder = home.state()
+    if folder is not None and not folder.resumable:
+        folder.assign("local")
+        sync()
+    else:
+        run_until_done(home, lambda: None, lambda phase: None)
+    runs = tracking.connect(home.folder).runs(status=None)
+    gained = sorted(set(runs["run_id"]) - known)
+    if len(gained) != 1:
+        return [f"{len(gained)} runs more, not one"]
+    return faults(result(home, gained[0]), whole)
+
+
+def put_back(home: Home, known: set[str], whole: dict[str, object]) -> list[str]:
+    """Put the database back from a copy that was made before the run, then go on with it."""
+    before, database = home.folder / "before.db", tracking.database(home.folder)
+    before.unlink(missing_ok=True)
+    back_up(database, before)
+    folder = interrupted(home)
+    points = journalled(folder)
+    if home.random.random() < 0.5:
+        back_up(before, database)
+    else:
+        for left in database.parent.glob("mlflow.db-*"):
+            left.unlink()
+        before.replace(database)
+    wrong = new_run(home, known, whole)
+    kept = is_kept(home.folder, folder.path.name, points)
+    return wrong if kept else [*wrong, "points are in no store and not on disk"]
+
+
+def back_up(source: Path, target: Path) -> None:
+    with (
+        contextlib.closing(sqlite3.connect(source)) as here,
+        contextlib.closing(sqlite3.connect(target)) as there,
+    ):
+        here.backup(there)
+
+
+def copy_home(home: Home, known: set[str], whole: dict[str, object]) -> list[str]:
+    """Copy the home of an interrupted run, and go on in both."""
+    interrupted(home)
+    copied = copy_of(home)
+    try:
+        wrong = [f"in the copy: {each}" for each in new_run(copied, known, whole)]
+        end_uploader(copied)
+    finally:
+        os.environ["FMNIST_HOME"] = str(home.folder)
+        shutil.rmtree(copied.folder)
+    return wrong + new_run(home, known, whole)
+
+
+def flip(home: Home, known: set[str], whole: dict[str, object]) -> list[str]:
+    """Flip a bit in each file of a copied state folder in turn, and have the same command and `sync` meet it."""
+    if complete := home.random.random() < 0.5:
+        home.start("--no-sync").wait()
+    folder = home.state() if complete else interrupted(home)
+    assert folder is not None
+    points, wrong = journalled(folder), []
+    for name in sorted(path.name for path in folder.path.iterdir() if path.stat().st_size):
+        copied = copy_of(home)
+        try:
+            path = state_folder(copied.folder) / folder.path.name / name
+            content = bytearray(path.read_bytes())
+            bit = home.random.randrange(8 * len(content))
+            content[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(content)
+            if not complete:
+                copied.start().wait(timeout=300)
+                end_uploader(copied)
+            sync()
+            if not is_kept(copied.folder, folder.path.name, points):
+                wrong.append(f"bit {bit} of {name}: points are in no store and not on disk")
+        finally:
+            os.environ["FMNIST_HOME"] = str(home.folder)
+            shutil.rmtree(copied.folder)
+    return wrong + new_run(home, known, whole)
+
+
 # ---- the soak
 
 
@@ -267,6 +413,7 @@ def work(
     kills: "multiprocessing.managers.DictProxy[str, int]",
     lock: object,
     goal: tuple[int, int],
+    harms: int,
     results: list,
 ) -> None:
     home = Home(Path(folder), seed)
@@ -304,6 +451,12 @@ def work(
         if wanted() is None:
             break
         run_until_done(home, wanted, count)
+    for harm in (put_back, copy_home, flip):
+        for _ in range(harms):
+            end_uploader(home)
+            known = set(tracking.connect(home.folder).runs(status=None)["run_id"])
+            results.append([f"{harm.__name__}: {each}" for each in harm(home, known, whole)])
+            print(f"{harm.__name__}: {results[-1] or 'nothing lost'}", flush=True)
     if (pid := home.sidecar()) is not None:
         os.kill(pid, signal.SIGTERM)
 
@@ -312,6 +465,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--per-phase", type=int, default=30)
+    parser.add_argument("--harms", type=int, default=3, help="of each kind, in each worker")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -327,7 +481,15 @@ def main() -> None:
             workers.append(
                 context.Process(
                     target=work,
-                    args=(str(home), arguments.seed + number, kills, lock, goal, results),
+                    args=(
+                        str(home),
+                        arguments.seed + number,
+                        kills,
+                        lock,
+                        goal,
+                        arguments.harms,
+                        results,
+                    ),
                 )
             )
             workers[-1].start()

@@ -6,12 +6,10 @@ Prints the median and range of each, their ratio, and the time from the command 
 """
 
 import argparse
-import contextlib
 import json
 import os
 import platform
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -76,12 +74,9 @@ def timed_run(home: Path, options: list[str], recorded: bool) -> tuple[float, fl
 
 
 def stop_sidecar(home: Path) -> None:
-    with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
-        pid = int(state.carrier_lock(home).read_text())
-        os.kill(pid, signal.SIGTERM)
-        while True:
-            os.kill(pid, 0)
-            time.sleep(0.05)
+    state.end_uploader(state.carrier_lock(home))
+    while state.is_locked(state.carrier_lock(home)):
+        time.sleep(0.05)
 
 
 def print_summary(

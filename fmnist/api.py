@@ -69,7 +69,7 @@ def run(
         each = [[f"train.seed={seed}"] for seed in seeds] if seeds is not None else [[]]
         wanted = [load(experiment, [*overrides, *seed]) for seed in each]
     if seeds is not None and not fresh:
-        wanted = runner.missing(wanted, database.recorded(context.root), context)
+        return runner.run_missing(wanted, database.recorded(context.root), context)
     return runner.run(wanted, context, fresh) if wanted else []
 
 

@@ -26,6 +26,11 @@ def save(folder: Path, spec: specs.ExperimentSpec, state: dict[str, Any]) -> Non
     write(folder / NEWEST, content, folder / PREVIOUS)
 
 
+def digest(parameters: torch.Tensor) -> str:
+    """The SHA-256 of a flat tensor's bytes, by which weights are told from others."""
+    return hashlib.sha256(parameters.numpy().tobytes()).hexdigest()
+
+
 def write(path: Path, content: io.BytesIO, previous: Path | None = None) -> None:
     """Replace a file, whole or not at all, also where the power fails; what was there goes to `previous`."""
     files.replace(path, content.getbuffer(), previous)

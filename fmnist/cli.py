@@ -189,12 +189,9 @@ def run(
     from fmnist import database, runner
 
     def start(context: "Context") -> "list[Outcome]":
-        left = (
-            wanted
-            if seeds is None or fresh
-            else runner.missing(wanted, database.recorded(root), context)
-        )
-        return runner.run(left, context, fresh, folder) if left else []
+        if seeds is None or fresh:
+            return runner.run(wanted, context, fresh, folder)
+        return runner.run_missing(wanted, database.recorded(root), context)
 
     _train(start, no_sync, as_json, many=seeds is not None)
 

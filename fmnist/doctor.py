@@ -96,6 +96,19 @@ def _store(root: Path) -> Iterator[Finding]:
         for _, run in runs[(runs["status"] == "RUNNING") & ~runs["run_id"].isin(known)].iterrows():
             what = f"store: run {run['run_id']} ({run['name']}) says RUNNING; nothing of it is on this disk"
             yield Finding(what, "if no other machine trains it, delete it in MLflow")
+        for run in store.half_written():
+            kind, name = run.data.tags["kind"], run.info.run_name
+            what = f"store: the run of {kind} {name} says RUNNING: who wrote it was killed, or is still at it"
+            sweep = run.data.tags.get("sweep")
+            yield Finding(what, "fmnist sync" if kind == "group" else f"fmnist sweep {sweep}")
+        for folder in state_folders(root):
+            run_id = folder.carried.get("run_id")
+            here = folder.run["store"] in (None, specs.store_name())
+            if here and run_id and store.standing(run_id).stage is None:
+                yield Finding(
+                    f"{folder.path.name}: its run {run_id[:8]} is not in the store any more",
+                    "fmnist sync  (it uploads all of it again)",
+                )
         yield Finding(f"store: {len(runs)} runs")
     except UserError as error:
         yield Finding("store: can't be used", str(error))

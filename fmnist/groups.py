@@ -95,8 +95,10 @@ def sample(store: Store, group: Group) -> compare.Sample:
 def write(store: Store, key: str | None = None) -> None:
     """Write the run of a group, or of each, once it has two seeds, in each experiment that holds some of it: its members' means and spreads."""
     runs = store.runs(status=None, group=key)
+    with_run = set()
     for _, there in runs.groupby("experiment_id"):
         for group in compare.groups(there):
+            with_run |= {group.key} if group.n > 1 else set()
             made_from = hashlib.sha256(" ".join(group.members["run_id"]).encode()).hexdigest()
             before = (
                 store.derived(group.members["experiment_id"].iloc[0], "group", group.key)
@@ -105,6 +107,14 @@ def write(store: Store, key: str | None = None) -> None:
             )
             if group.n > 1 and [*before.values()] != [made_from]:
                 _write(store, group, made_from)
+    for run in store.half_written():
+        tags = run.data.tags
+        if (
+            tags["kind"] == "group"
+            and key in (None, tags["group"])
+            and tags["group"] not in with_run
+        ):
+            store.client.delete_run(run.info.run_id)  # begun, and now no two seeds are there
 
 
 def _write(store: Store, group: Group, made_from: str) -> None:

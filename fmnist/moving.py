@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from fmnist import files, groups
 from fmnist.errors import StoreError
 from fmnist.journal import Point
-from fmnist.tracking import REGISTERED, Store
+from fmnist.tracking import REGISTERED, Store, made
 
 ORIGIN, WHOLE = "moved_from", "moved_whole"
 """Tags of a moved run: the id it had, and that all of it is there."""
@@ -67,9 +67,12 @@ def _move_run(here: Store, there: Store, run: Any, experiment: str) -> Moved:
     tags = {key: value for key, value in run.data.tags.items() if key not in LEFT} | {
         ORIGIN: run.info.run_id
     }
-    run_id = there.client.create_run(
-        target, run.info.start_time, tags, run.info.run_name
-    ).info.run_id
+    of_origin = f"tags.{ORIGIN} = '{run.info.run_id}'"
+    created = made(
+        lambda: there.client.create_run(target, run.info.start_time, tags, run.info.run_name),
+        lambda: next(_runs(there, [target], of_origin), None),
+    )
+    run_id = created.info.run_id
     there.client.log_batch(
         run_id, params=[there.entities.Param(key, value) for key, value in run.data.params.items()]
     )
@@ -95,8 +98,12 @@ def _move_run(here: Store, there: Store, run: Any, experiment: str) -> Moved:
 def _move_model(here: Store, there: Store, model_id: str, experiment_id: str, run_id: str) -> str:
     """Copy a logged model; its new id."""
     model = here.client.get_logged_model(model_id)
-    new = there.client.create_logged_model(
-        experiment_id, model.name, run_id, None, model.params, model.model_type
+    of_run = f"source_run_id = '{run_id}'"
+    new = made(
+        lambda: there.client.create_logged_model(
+            experiment_id, model.name, run_id, None, model.params, model.model_type
+        ),
+        lambda: next(iter(there.client.search_logged_models([experiment_id], of_run)), None),
     )
     with files.scratch() as scratch:
         folder = here.model_files(model_id, scratch)
@@ -162,11 +169,11 @@ def _move_registry(here: Store, there: Store, moved: dict[str, str]) -> None:
             raise StoreError(
                 f"version {version.version} of {REGISTERED}: its run {version.run_id} is not there; mend that and sync again"
             )
-        made = there.register(
+        number = there.register(
             moved[version.run_id],
             version.description or "",
             {**version.tags, ORIGIN: version.run_id},
             champion=False,
         )
         if champion and champion.version == version.version:
-            there.make_champion(str(made))
+            there.make_champion(str(number))

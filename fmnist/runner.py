@@ -8,7 +8,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,12 +32,16 @@ from fmnist.state import (
     state_folder,
     state_folders,
     unwritable,
+    why_unwritable,
 )
 from fmnist.training import Outcome, Stack, State, Training
 
 PREFLIGHT_TIMEOUT_S = 5
 PATIENCE_S = 60.0  # how long a carrier may report an error, or be gone, before the command stops waiting for it
 POLL_S = 0.05
+PROBE_S = 1.0  # how often to look whether the disk takes anything, while nothing is uploaded
+SILENT_S = 10.0  # how long to wait for an upload without a word
+INTERRUPTED = 128  # exit codes above it are of signals
 ARTIFACTS = ("spec.yaml", "curves.parquet", "checkpoint.pt")  # what `extend` needs of a run
 
 
@@ -98,6 +102,18 @@ def missing(
         if result := done.get(resolved.spec.fingerprint):
             context.say(f"s{resolved.spec.train.seed}: {result.where} (--fresh trains it again)")
     return [resolved for resolved in wanted if resolved.spec.fingerprint not in done]
+
+
+def run_missing(
+    wanted: Sequence[experiments.Resolved], recorded: Mapping[str, Result], context: Context
+) -> list[Outcome]:
+    """Train those of which there is no run yet, and see to it that those on this disk get into MLflow too."""
+    left = missing(wanted, recorded, context)
+    outcomes = run(left, context) if left else []
+    if not any(outcome.exit_code > INTERRUPTED for outcome in outcomes):
+        trained = {resolved.spec.fingerprint for resolved in left}
+        upload_complete({each.spec.fingerprint for each in wanted} - trained, context)
+    return outcomes
 
 
 def _request(
@@ -383,16 +399,14 @@ def _wait_for_carrier(
         end = (folder.path / "journal").stat().st_size
     except FileNotFoundError:  # nobody holds its lock any more, and all of it is in MLflow
         return
-    lock, note, told, quiet_s = (
-        carrier_lock(context.root, specs.store_name()),
-        folder.carried,
-        False,
-        0.0,
-    )
+    lock, wait = carrier_lock(context.root, specs.store_name()), _Wait(context, patience_s)
+    note = folder.carried
     while True:
         before, note = note, folder.carried
         outcome.run_id, outcome.experiment_id = note.get("run_id"), note.get("experiment_id")
-        closed, error, held = note.get("closed"), note.get("error"), is_locked(lock)
+        if note.get("remark"):
+            wait.say(note["remark"])
+        closed = note.get("closed")
         if closed == "DELETED" or (closed and note["offset"] >= end):
             if (
                 closed != outcome.status
@@ -400,19 +414,12 @@ def _wait_for_carrier(
                 outcome.status, outcome.reason = closed, note.get("reason")
                 outcome.exit_code = Diverged.exit_code if closed == "FAILED" else outcome.exit_code
             return
-        if note.get("offset") != before.get("offset"):
-            quiet_s = 0.0
-        if quiet_s > patience_s:
-            outcome.unsynced = (
-                error or f"nothing was carried over for {patience_s:.0f} s; see mlruns/sidecar.log"
-            )
+        held = is_locked(lock)
+        if wait.is_over(note.get("offset") != before.get("offset"), note.get("error"), held):
+            outcome.unsynced = wait.why
             return
-        if error and not told:
-            context.say(
-                f"training is over; the store does not take the run: {error}; trying for {patience_s:.0f} s (Ctrl-C: later)"
-            )
-            told = True
-        if not held and (carrier is None or carrier.poll() is not None):
+        gone = not held and (carrier is None or carrier.poll() is not None)
+        if gone and not wait.full:  # on a full disk it would only end at once
             carrier = start_carrier(context.root)
         if not folder.path.exists():
             return
@@ -420,6 +427,78 @@ def _wait_for_carrier(
             outcome.unsynced = f"it is being continued by {folder.holder}"
             return
         time.sleep(POLL_S)
-        quiet_s += (
-            POLL_S if error or not held else POLL_S / 10
-        )  # to close a run at a slow server can take minutes
+
+
+class _Wait:
+    """The wait for an upload: for how long nothing has come of it, why, and what was said of that."""
+
+    def __init__(self, context: Context, patience_s: float) -> None:
+        self.context, self.patience_s = context, patience_s
+        self.trouble: str | None = None
+        self.full: str | None = None
+        self._began = self._looked = time.monotonic()
+        self._spent_s, self._probed = 0.0, -PROBE_S
+        self._said: set[str] = set()
+
+    def is_over(self, progressed: bool, error: str | None, held: bool) -> bool:
+        """Take in how things stand, say what is new, and tell whether to wait no longer."""
+        now = time.monotonic()
+        if progressed:
+            self._began, self._spent_s = now, 0.0
+        if now - self._probed > PROBE_S:  # an uploader can't note its trouble on a full disk
+            self._probed, self.full = now, why_unwritable(self.context.root)
+        self.trouble = self.full or error
+        # to close a run at a slow server can take minutes
+        self._spent_s += (now - self._looked) * (1.0 if self.trouble or not held else 0.1)
+        self._looked = now
+        if self._spent_s > self.patience_s:
+            return True
+        if self.trouble:
+            what = f"the run can't be uploaded: {self.trouble}"
+            self.say(
+                f"training is over; {what}; trying for {self.patience_s:.0f} s (Ctrl-C: later)"
+            )
+        elif now - self._began > SILENT_S:
+            self.say("training is over; the upload takes its time (Ctrl-C: it goes on by itself)")
+        return False
+
+    @property
+    def why(self) -> str:
+        """Why the run is not in MLflow, after a wait that is over."""
+        waited_s = time.monotonic() - self._began
+        what = self.trouble or "nothing was uploaded"
+        return f"{what}; waited for {waited_s:.0f} s; mlruns/sidecar.log may say more"
+
+    def say(self, text: str) -> None:
+        """Say something once."""
+        if text not in self._said:
+            self._said.add(text)
+            self.context.say(text)
+
+
+def upload_complete(fingerprints: Collection[str], context: Context) -> None:
+    """See runs into MLflow that were complete on this disk before, as where their upload was killed; what fails is said."""
+    if not context.sync:
+        return
+    complete = [
+        folder
+        for folder in state_folders(context.root)
+        if folder.run.get("fingerprint") in fingerprints
+        and folder.run["store"] in (None, context.store)
+        and (result := folder.result)
+        and result.outcome != "running"
+    ]
+    if not complete:
+        return
+    for folder in complete:
+        folder.assign(context.store or "")
+    context.say(f"{len(complete)} of the runs are complete on this disk; waiting for their upload")
+    outcomes = [Outcome(folder.path.name, folder.run["name"]) for folder in complete]
+    hand_over(outcomes, context)
+    for outcome in outcomes:
+        if outcome.reason:
+            context.say(f"{outcome.key}: {outcome.reason}")
+        if outcome.unsynced:
+            context.say(
+                f"{outcome.key} is not in MLflow yet: {outcome.unsynced}; `fmnist sync` uploads it"
+            )

@@ -6,7 +6,7 @@ spec.yaml         the resolved spec; environment.json: where the run began
 journal           its records, the source of truth
 checkpoint.pt     the training state, never ahead of what the disk holds of the journal; checkpoint.previous.pt: the one before
 predictions.npz   written at the end
-mlflow.json       written by who carries it: MLflow's run id, how far the journal is carried, the closing status
+mlflow.json       written by the upload: MLflow's run id, how far the journal is uploaded, the closing status, a digest of all that
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, NamedTuple, Self, TextIO, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -42,6 +42,9 @@ LEFT_BEHIND = re.compile(r"\.(removed-)?.+-s\d+-[0-9a-f]{8}-\d{8}T\d{12}(-\d+)?"
 """A state folder before it has its name, when nothing was trained yet, or after it was removed, when all of it is in MLflow."""
 AWAITED = "awaited"
 """The claims on runs that ended, by the commands that wait for them to be in MLflow: their folders stay till then."""
+UPLOADER = "the uploader"
+PROBE_BYTES = 65_536
+"""Enough for an upload's notes and for its log."""
 
 
 def now_ms() -> int:
@@ -69,22 +72,40 @@ def check_writable(root: Path) -> None:
 
 
 def carrier_lock(root: Path, store: str = "local") -> Path:
-    """Held, with its pid in it, by the one process that carries this root's journals into a store."""
+    """Held by the one process, written down in it (Holder), that carries this root's journals into a store."""
     digest = "" if store == "local" else f"-{hashlib.sha256(store.encode()).hexdigest()[:8]}"
     return root / "mlruns" / f".sidecar{digest}.lock"
 
 
 def start_carrier(root: Path) -> "subprocess.Popen[bytes] | None":
-    """Start the store's sidecar, unless one is at work: another would find that only after importing for a second. Its words: mlruns/sidecar.log."""
+    """Start the store's sidecar, unless one is at work or none can be started; its words: mlruns/sidecar.log.
+
+    Another one would find that one is at work only after importing for a second.
+    """
     if is_locked(carrier_lock(root, specs.store_name())):
         return None
     command = [sys.executable, "-m", "fmnist.sidecar", str(root)]
-    with open(
-        root / "mlruns" / "sidecar.log", "ab"
-    ) as log:  # in a session of its own: Ctrl-C reaches the trainer only
+    with (
+        contextlib.suppress(OSError),  # a full disk; who waits for the upload says so
+        open(root / "mlruns" / "sidecar.log", "ab") as log,
+    ):  # in a session of its own: Ctrl-C reaches the trainer only
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
+    return None
+
+
+def why_unwritable(root: Path) -> str | None:
+    """Why no file can be written in mlruns/ now, as on a disk that is full or has no inodes left; None where one can."""
+    probe = root / "mlruns" / f".probe-{os.getpid()}"
+    try:
+        probe.write_bytes(bytes(PROBE_BYTES))
+    except OSError as error:
+        return f"{root / 'mlruns'} can't be written: {error.strerror}"
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    return None
 
 
 def is_locked(path: Path) -> bool:
@@ -101,6 +122,65 @@ def is_locked(path: Path) -> bool:
     finally:
         os.close(lock)
     return False
+
+
+class Holder(NamedTuple):
+    """The process that holds an upload lock, as it wrote itself down there."""
+
+    what: str
+    """UPLOADER, or a command that waits for nobody to end it."""
+    pid: int
+    host: str
+    process: str
+    """What tells it from others that had or will have its number; see `process`."""
+
+    def __str__(self) -> str:
+        return f"{self.what} (process {self.pid} on {self.host})"
+
+    @property
+    def is_uploader_here(self) -> bool:
+        """Whether this is, beyond doubt, an uploader that lives on this machine, and may be ended at any moment."""
+        here = self.host == socket.gethostname() and self.process == process(self.pid)
+        return here and self.what == UPLOADER
+
+
+def process(pid: int) -> str:
+    """A digest of when this machine's process of that number started, and of its command line; empty where none is found."""
+    try:
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        found = started.encode() + Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # no such process, or a system without /proc
+        try:
+            command = ["ps", "-o", "lstart=,args=", "-p", str(pid)]
+            found = subprocess.run(command, capture_output=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+    return hashlib.sha256(found).hexdigest()[:32]
+
+
+def hold(lock: TextIO, what: str) -> None:
+    """Write this process into a lock file that it holds."""
+    pid = os.getpid()
+    found = Holder(what, pid, socket.gethostname(), process(pid))
+    os.ftruncate(lock.fileno(), 0)
+    with contextlib.suppress(OSError):  # on a full disk nobody can be told, and the lock is held
+        os.write(lock.fileno(), json.dumps(found._asdict()).encode())
+
+
+def holder(lock: Path) -> Holder | None:
+    """Who wrote itself into a lock file last; None where nobody did."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Holder(**json.loads(lock.read_text()))
+    return None
+
+
+def end_uploader(lock: Path, number: int = signal.SIGTERM) -> None:
+    """Send a signal to the uploader that holds a lock, if there is one on this machine, even if it is stopped."""
+    found = holder(lock)
+    if found and found.is_uploader_here and is_locked(lock):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(found.pid, number)
+            os.kill(found.pid, signal.SIGCONT)
 
 
 @contextlib.contextmanager
@@ -164,6 +244,9 @@ class NoteFile(_File):
     reason: str | None = None
     error: str | None = None
     store: str = ""
+    key: str = ""
+    remark: str | None = None
+    sha256: str = ""
 
 
 class HolderFile(_File):
@@ -457,9 +540,11 @@ class StateFolder:
 
     @property
     def carried(self) -> dict[str, Any]:
-        """What who carries it has noted: run_id, offset, closed, error; empty before it begins."""
+        """What its upload has noted: run_id, offset, closed, error; empty before it begins, and where the note is damaged."""
         with contextlib.suppress(OSError, ValueError):
-            return _checked(NoteFile, self.path / "mlflow.json").model_dump(exclude_unset=True)
+            note = _checked(NoteFile, self.path / "mlflow.json").model_dump(exclude_unset=True)
+            if note.pop("sha256", None) == _digest(note):
+                return note
         return {}
 
     @property
@@ -467,27 +552,23 @@ class StateFolder:
         """What came of it, or that it is being trained; None where it failed, is to be continued, or was deleted in MLflow."""
         if self.running:
             return Result("running", f"being trained by {self.holder}")
-        fields: dict[str, Any] = {}
-        for record in read(self.path / "journal")[0]:
-            fields = (
-                fields | record.fields
-                if record.kind in ("final", "end")
-                else {}
-                if record.kind == "resume"
-                else fields
-            )
-        outcome = fields.get("outcome", {"FINISHED": "finished"}.get(fields.get("status", "")))
+        records, _ = read(self.path / "journal")
+        end = records[-1].fields if records and records[-1].kind == "end" else {}
+        final = next((record.fields for record in records if record.kind == "final"), {})
+        outcome = end.get("outcome", {"FINISHED": "finished"}.get(end.get("status", "")))
         if outcome is None or self.carried.get("closed") == "DELETED":
             return None
+        if end["status"] == "FINISHED" and not final:
+            return None  # a finished run has results
         return Result(
             outcome,
             f"on its way into MLflow from {self.path.name}",
-            fields.get("metrics", {}).get("last/val_accuracy"),
+            final.get("metrics", {}).get("last/val_accuracy"),
         )
 
     def note(self, **fields: Any) -> None:
-        """Replace the carrier's note, whole or not at all."""
-        self._replace("mlflow.json", fields)
+        """Replace the upload's note, whole or not at all."""
+        self._replace("mlflow.json", {**fields, "sha256": _digest(fields)})
 
     def assign(self, store: str | None) -> None:
         """Say which store the run is for, in a run.json that is whole again."""
@@ -497,10 +578,14 @@ class StateFolder:
         files.replace(self.path / name, json.dumps(content).encode())
 
     def remove(self) -> None:
-        """Take the folder away: out of sight first, so that nobody finds half of it."""
+        """Take the folder away: out of sight first, so that nobody finds half of it. Only sidecar.Carrier calls this, which see."""
         hidden = self.path.with_name(f".removed-{self.path.name}")
         self.path.rename(hidden)
         shutil.rmtree(hidden)
+
+
+def _digest(note: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()
 
 
 def find(root: Path, text: str) -> StateFolder:

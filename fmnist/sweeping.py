@@ -266,7 +266,10 @@ def finish(sweep: Sweep, standing: Standing, sync: bool, say: Callable[[str], No
     from fmnist.training import Outcome
 
     outcomes = [Outcome(**fields) for fields in standing.trained if "key" in fields]
-    runner.hand_over(outcomes, runner.Context(sweep.root, sync, say))
+    context = runner.Context(sweep.root, sync, say)
+    runner.hand_over(outcomes, context)
+    if not standing.interrupted:
+        runner.upload_complete({each.fingerprint for each in standing.trials.values()}, context)
     late = [outcome for outcome in outcomes if outcome.unsynced and sync]
     if late:
         say(

@@ -15,9 +15,10 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import unquote
 
 import numpy as np
@@ -85,7 +86,17 @@ INFO = {key: key for key in ("run_id", "experiment_id", "status")} | {
 }
 CURVES = ["train/loss", "train/accuracy", "train/lr", "val/loss", "val/accuracy"]
 REGISTERED, CHAMPION, MODEL_VERSIONS = "fmnist", "champion", "mlflow.modelVersions"
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+CREATE_WAITS_S = (0.2, 2.0)
+"""How long to wait for the end of a request whose answer was lost, before looking for what it made."""
+SERVER_ERROR = 500
+UPLOADED = "uploaded"
+"""The tag that says how many bytes of its journal a run holds, and their digest."""
+DELETED_REASON = "the run was deleted in MLflow"
 DATA_URL = "https://github.com/zalandoresearch/fashion-mnist"
+
+
+Thing = TypeVar("Thing")
 
 
 def uri(root: Path) -> str:
@@ -129,6 +140,16 @@ def server(root: Path, address: str) -> "Store":
         store = Store(root, address.rstrip("/"))
         store.identity()
         return store
+
+
+class Standing(NamedTuple):
+    """What a store says of a run."""
+
+    stage: str | None
+    """active or deleted; None where the store doesn't know the run."""
+    status: str = ""
+    uploaded: str = ""
+    """How much of its journal the store holds: the tag UPLOADED."""
 
 
 class Derived(NamedTuple):
@@ -205,17 +226,19 @@ class Store:
         digest: str,
     ) -> str:
         """The id of the run with this key: created with its parameters, tags and datasets unless an earlier attempt got that far."""
-        earlier = self.client.search_runs(
-            [experiment], f"tags.run_key = '{key}'", self.entities.ViewType.ALL, max_results=1
-        )
         all_tags = _texts(
             {**tags, "run_key": key, "mlflow.source.name": "fmnist", "mlflow.source.type": "LOCAL"}
         )
-        info = (
-            earlier[0].info
-            if earlier
-            else self.client.create_run(experiment, started_ms, all_tags, name).info
+
+        def look() -> Any | None:
+            of_key = f"tags.run_key = '{key}'"
+            found = self.client.search_runs([experiment], of_key, self.entities.ViewType.ALL)
+            return next(iter(sorted(found, key=lambda run: run.info.lifecycle_stage)), None)
+
+        found = look() or made(
+            lambda: self.client.create_run(experiment, started_ms, all_tags, name), look
         )
+        info = found.info
         if info.lifecycle_stage == "active":  # nothing can be added to a deleted one
             values = {
                 path: value
@@ -248,14 +271,19 @@ class Store:
             )
         return inputs
 
-    def log_points(self, run_id: str, points: Iterable[Point]) -> None:
-        """Store points, a request per thousand; one that is stored already is left as it is."""
+    def log_points(
+        self, run_id: str, points: Iterable[Point], tags: Mapping[str, Any] | None = None
+    ) -> None:
+        """Store points, a request per thousand, and behind the last of them these tags; a point that is stored already is left as it is."""
         metrics = (
             self.entities.Metric(point.key, point.value, point.timestamp_ms, point.step)
             for point in points
         )
-        while batch := list(itertools.islice(metrics, BATCH)):
+        last = [self.entities.RunTag(key, value) for key, value in _texts(tags or {}).items()]
+        while len(batch := list(itertools.islice(metrics, BATCH))) == BATCH:
             self.client.log_batch(run_id, metrics=batch)
+        if batch or last:
+            self.client.log_batch(run_id, metrics=batch, tags=last)
 
     def count(self, run_id: str, keys: Iterable[str]) -> dict[str, int]:
         """How many points of each metric the store holds."""
@@ -285,16 +313,17 @@ class Store:
         if run.outputs and run.outputs.model_outputs:
             return  # an earlier attempt got that far
         experiment = run.info.experiment_id
-        begun = self.client.search_logged_models(
-            [experiment], f"source_run_id = '{run_id}'", max_results=1
-        )
+
+        def look() -> Any | None:
+            of_run = f"source_run_id = '{run_id}'"
+            return next(iter(self.client.search_logged_models([experiment], of_run)), None)
+
         # mlflow.pytorch.log_model would read the whole metric history of the run back; the calls below it don't.
-        logged = (
-            begun[0]
-            if begun
-            else self.client.create_logged_model(
+        logged = look() or made(
+            lambda: self.client.create_logged_model(
                 experiment, "model", run_id, None, run.data.params, "classifier"
-            )
+            ),
+            look,
         )
         model_id = logged.model_id
         identity = {
@@ -356,9 +385,16 @@ class Store:
                 "mlflow.source.type": "LOCAL",
             }
         )
-        run_id = self.client.create_run(
-            new.experiment_id, new.started_ms, tags, new.name
-        ).info.run_id
+
+        def look() -> str | None:
+            now = self.derived(new.experiment_id, new.kind, new.key)
+            return next((run_id for run_id in now if run_id not in before), None)
+
+        def create() -> str:
+            run = self.client.create_run(new.experiment_id, new.started_ms, tags, new.name)
+            return str(run.info.run_id)
+
+        run_id = made(create, look)
         self.client.log_batch(
             run_id,
             params=[self.entities.Param(key, value) for key, value in new.parameters.items()],
@@ -381,14 +417,31 @@ class Store:
         for former in before:
             self.client.delete_run(former)
 
-    def is_deleted(self, run_id: str) -> bool:
-        """Whether the store is there and the run is not, or is deleted; raises what MLflow raises where that can't be told."""
+    def half_written(self) -> list[Any]:
+        """The derived runs that say RUNNING: being written at this moment, or by a process that was killed over it."""
+        ids = [experiment.experiment_id for experiment in self.client.search_experiments()]
+        found = self.client.search_runs(ids, "status = 'RUNNING' and tags.kind != 'run'")
+        return [run for run in found if run.data.tags.get(run.data.tags["kind"])]
+
+    def standing(self, run_id: str) -> "Standing":
+        """What the store says of a run; raises what MLflow raises where that can't be told."""
         try:
-            return bool(self.client.get_run(run_id).info.lifecycle_stage == "deleted")
+            run = self.client.get_run(run_id)
         except Exception as error:
             if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
-                return True
+                return Standing(None)
             raise
+        uploaded = run.data.tags.get(UPLOADED, "")
+        return Standing(str(run.info.lifecycle_stage), str(run.info.status), uploaded)
+
+    def end_deleted(self, run_id: str, ended_ms: int) -> None:
+        """Give a deleted run, to which nothing can be written, the status KILLED: restored later, it would say RUNNING for ever."""
+        self.client.restore_run(run_id)
+        try:
+            self.set_tags(run_id, {"outcome": "interrupted", "reason": DELETED_REASON})
+            self.close_run(run_id, "KILLED", ended_ms)
+        finally:
+            self.client.delete_run(run_id)
 
     # ---- the registry
 
@@ -410,29 +463,43 @@ class Store:
     ) -> int:
         """Register a run's model with these tags, as the champion or not; returns its version."""
         model_id = self.client.get_run(run_id).outputs.model_outputs[0].model_id
-        with contextlib.suppress(Exception):  # it is there already
+        with contextlib.suppress(Exception), _sent_once():  # it is there already
             self.client.create_registered_model(
                 REGISTERED, description="Models of fmnist; the alias `champion` is the one to load."
             )
         model = self.client.get_logged_model(model_id)
-        made = self.client.create_model_version(
-            REGISTERED,
-            model.artifact_location,
-            run_id,
-            _texts(tags),
-            description=description,
-            model_id=model_id,
+        before = self._versions(run_id)
+
+        def look() -> Any | None:
+            now = self._versions(run_id)
+            return next((now[version] for version in now if version not in before), None)
+
+        version = made(
+            lambda: self.client.create_model_version(
+                REGISTERED,
+                model.artifact_location,
+                run_id,
+                _texts(tags),
+                description=description,
+                model_id=model_id,
+            ),
+            look,
         )
         versions = [
             *json.loads(model.tags.get(MODEL_VERSIONS, "[]")),
-            {"name": REGISTERED, "version": made.version},
+            {"name": REGISTERED, "version": version.version},
         ]
         self.client.set_logged_model_tags(
             model_id, {MODEL_VERSIONS: json.dumps(versions)}
         )  # what MLflow's pages link the two by
         if champion:
-            self.make_champion(made.version)
-        return int(made.version)
+            self.make_champion(version.version)
+        return int(version.version)
+
+    def _versions(self, run_id: str) -> dict[str, Any]:
+        """The registered versions of a run's model, by number."""
+        found = self.client.search_model_versions(f"run_id = '{run_id}'")
+        return {str(version.version): version for version in found}
 
     def make_champion(self, version: str) -> None:
         self.client.set_registered_model_alias(REGISTERED, CHAMPION, str(version))
@@ -612,6 +679,36 @@ def the_one(runs: "pd.DataFrame", text: str) -> "pd.Series":
             f"{text!r} fits {len(fits)} runs{f'; give the id of one: {known}' if known else '; `fmnist runs` lists them'}"
         )
     return fits.iloc[0]
+
+
+@contextlib.contextmanager
+def _sent_once() -> Iterator[None]:
+    """Keep MLflow from sending a request again by itself: one whose answer was lost may have made what it asks for."""
+    before = os.environ.get(RETRIES)
+    os.environ[RETRIES] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(RETRIES)
+        if before is not None:
+            os.environ[RETRIES] = before
+
+
+def made(create: Callable[[], Thing], look: Callable[[], Thing | None]) -> Thing:
+    """What `create` makes; where its answer is lost, what `look` finds is taken before it is tried again."""
+    for wait_s in CREATE_WAITS_S:
+        try:
+            with _sent_once():
+                return create()
+        except Exception as error:
+            status = getattr(error, "get_http_status_code", lambda: SERVER_ERROR)()
+            if status < SERVER_ERROR:  # the request was understood and refused
+                raise
+        time.sleep(wait_s)
+        if (found := look()) is not None:
+            return found
+    with _sent_once():
+        return create()
 
 
 def _texts(tags: Mapping[str, Any]) -> dict[str, str]:

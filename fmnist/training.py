@@ -1,6 +1,7 @@
 """The training of runs, segment by segment: steps, evaluations, early stopping, checkpoints, and how each run ends."""
 
 import functools
+import hashlib
 import io
 import time
 import traceback
@@ -342,9 +343,7 @@ class Training:
                 "logits": evaluation.logits,
             }
             arrays |= {f"{split}_{name}": column for name, column in columns.items()}
-        content = io.BytesIO()
-        np.savez(content, allow_pickle=False, **arrays)
-        checkpoint.write(self.journal.folder / "predictions.npz", content)
+        digests = {"predictions": self._keep(arrays), "parameters": self._weights_digest()}
         self.outcome.metrics = metrics
         names = (
             "weights",
@@ -355,8 +354,27 @@ class Training:
             "recording_s",
         )
         told = {name: getattr(self.outcome, name) for name in names}
-        self.journal.final(metrics, **told)
+        self.journal.final(metrics, digests=digests, **told)
         self.journal.flush()
         pruned = {} if self.outcome.pruned_at is None else {"outcome": "pruned"}
         self.journal.event("end", status="FINISHED", reason=None, resumable=False, **pruned)
         self.outcome.status = "FINISHED"
+
+    def _keep(self, predictions: dict[str, np.ndarray]) -> str:
+        """Write predictions.npz, unless the one there is on record already; returns the SHA-256 of the file."""
+        path = self.journal.folder / "predictions.npz"
+        final = next((each.fields for each in self.journal.records if each.kind == "final"), None)
+        if final and path.exists():
+            there = hashlib.sha256(path.read_bytes()).hexdigest()
+            if there == final["digests"]["predictions"]:
+                return there  # another machine's last bits would not fit what is on record
+        content = io.BytesIO()
+        np.savez(content, allow_pickle=False, **predictions)
+        checkpoint.write(path, content)
+        return hashlib.sha256(content.getbuffer()).hexdigest()
+
+    def _weights_digest(self) -> str:
+        """The digest of the weights that the results are of."""
+        if self.outcome.weights == "best" and self.best_weights:
+            return checkpoint.digest(self.best_weights["parameters"])
+        return checkpoint.digest(self.engine.state(self.member)["parameters"])

@@ -1,10 +1,8 @@
 """Shared by all tests: a home of its own for each, real data, the real command in a real process."""
 
-import contextlib
 import functools
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -70,13 +68,8 @@ def with_store(home: Path, empty_store: Path) -> None:
 def stop_sidecar(folder: Path) -> None:
     """End the sidecars that runs in this home left behind; they would idle on for half a minute."""
     for lock in (folder / "mlruns").glob(".sidecar*.lock"):
-        with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
-            pid = int(lock.read_text())
-            os.kill(pid, signal.SIGTERM)
-            deadline = time.monotonic() + 10
-            while time.monotonic() < deadline:
-                os.kill(pid, 0)
-                time.sleep(0.05)
+        state.end_uploader(lock)
+        wait_for(lambda lock=lock: not state.is_locked(lock), seconds=10)
 
 
 def command(home: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -154,9 +147,6 @@ def sync(home: Path) -> None:
     from fmnist import sidecar  # scipy comes with it, and takes a second
 
     assert not [run["error"] for run in sidecar.sync(home, lambda text: None) if run["error"]]
-    (
-        home / "mlruns" / ".sidecar.lock"
-    ).unlink()  # it holds the pid of this process, which must not be stopped as a sidecar
 
 
 @pytest.fixture(scope="session")

@@ -86,7 +86,7 @@ def test_kill_9_of_trainer_and_sidecar_is_seen_by_the_next_command_and_continued
     process = start(*EPOCHS)
     wait_for(lambda: trained(home) >= 1000 and only_folder(home).carried.get("offset"))
     process.kill()
-    os.kill(int(state.carrier_lock(home).read_text()), signal.SIGKILL)
+    state.end_uploader(state.carrier_lock(home), signal.SIGKILL)
     process.wait()
     run_id, key = only_folder(home).carried["run_id"], only_folder(home).path.name
     store = tracking.connect(home)
@@ -119,7 +119,7 @@ def test_killed_sidecar_is_started_again_and_nothing_is_lost_or_doubled(home: Pa
     process = start(*LONG, "-s", "train.epochs=3", "--json")
     for steps in (1000, 3000):
         wait_for(lambda: trained(home) >= steps and state.is_locked(state.carrier_lock(home)))  # noqa: B023
-        os.kill(int(state.carrier_lock(home).read_text()), signal.SIGKILL)
+        state.end_uploader(state.carrier_lock(home), signal.SIGKILL)
     outcome = json.loads(process.communicate(timeout=120)[0])
     assert (process.returncode, outcome["status"]) == (0, "FINISHED")
     store = tracking.connect(home)

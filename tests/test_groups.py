@@ -110,7 +110,7 @@ def test_a_group_that_grows_is_written_anew_and_nothing_is_left_of_the_one_befor
     ]
     assert [run.info.run_id for run in after[1:]] == [run.info.run_id for run in before[1:]]
     assert set(members(store, SLOW_LABEL)["t/mlflow.parentRunId"]) == {after[0].info.run_id}
-    assert store.is_deleted(before[0].info.run_id)
+    assert store.standing(before[0].info.run_id).stage == "deleted"
 
 
 def test_a_group_that_did_not_change_is_left_alone(place: Path) -> None:

@@ -185,6 +185,26 @@ def test_a_store_that_is_deleted_is_made_anew_with_the_whole_run(
     assert stored_steps(tracking.connect(home), outcome["run_id"]) == list(range(1, 5 * 1875 + 1))
 
 
+@pytest.mark.slow
+def test_a_store_put_back_from_a_copy_while_a_run_trains_gets_the_whole_run(
+    home: Path, with_store: None
+) -> None:
+    database = tracking.database(home)
+    before = sqlite3.connect(":memory:")
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.backup(before)
+    process = start(*LONG, "-s", "train.epochs=5", "--json")
+    wait_for(lambda: trained(home) >= 1000 and state.state_folders(home)[0].carried.get("offset"))
+    first = state.state_folders(home)[0].carried["run_id"]
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        before.backup(connection)
+    stdout, stderr = process.communicate(timeout=120)
+    outcome = json.loads(stdout)
+    assert (outcome["status"], outcome["unsynced"]) == ("FINISHED", None), stderr
+    assert outcome["run_id"] != first
+    assert stored_steps(tracking.connect(home), outcome["run_id"]) == list(range(1, 5 * 1875 + 1))
+
+
 def test_a_carrier_leaves_a_run_alone_that_is_continued_while_it_looks(
     fmnist: Fmnist, home: Path, monkeypatch: pytest.MonkeyPatch, with_store: None
 ) -> None:
@@ -196,7 +216,9 @@ def test_a_carrier_leaves_a_run_alone_that_is_continued_while_it_looks(
     path.write_bytes(
         path.read_bytes()[: journal_end(path, kept)]
     )  # as if killed before it had its results
-    folder.note(run_id="0" * 32, offset=path.stat().st_size, closed="KILLED")
+    carrier = sidecar.Carrier(folder, tracking.connect(home))
+    assert carrier.advance()
+    assert (carrier.closed, carrier.settled) == ("KILLED", True)
     taken: list[state.Journal] = []
     running = state.StateFolder.running
 
@@ -207,7 +229,7 @@ def test_a_carrier_leaves_a_run_alone_that_is_continued_while_it_looks(
         return not free
 
     monkeypatch.setattr(state.StateFolder, "running", property(taken_once_seen_free))
-    assert sidecar._settled(folder)
+    assert not carrier.advance()
     assert folder.path.exists()
 
 

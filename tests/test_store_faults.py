@@ -476,7 +476,7 @@ def test_a_run_deleted_meanwhile_is_found_and_left_alone(recorded: Recorded, pla
     assert store.client.get_run(run_id).data.params["train.seed"] == "7"
     store.client.delete_run(run_id)
     assert store.create_run(*arguments) == run_id
-    assert store.is_deleted(run_id)
+    assert store.standing(run_id).stage == "deleted"
 
 
 def test_a_model_begun_and_not_ended_is_made_whole_by_the_next_attempt(

@@ -118,6 +118,23 @@ def test_a_sweep_trains_its_set_and_then_only_what_is_missing(
 
 
 @pytest.mark.slow
+def test_a_sweep_that_is_complete_on_this_disk_gets_into_the_store(
+    fmnist: Fmnist, home: Path
+) -> None:
+    """As where it was killed with its uploader."""
+    lay_out(home, "base: tiny\ngrid:\n  optimizer.lr: [0.01, 0.05]\n")
+    assert fmnist("sweep", "it", "--jobs", "1", "--no-sync").returncode == 0
+    assert len(state.state_folders(home)) == 2
+    assert runs(home).empty
+    again = fmnist("sweep", "it", "--jobs", "1")
+    assert (again.returncode, again.stdout.startswith("2 of 2 trials are there")) == (0, True)
+    assert "2 of the runs are complete on this disk; waiting for their upload" in again.stderr
+    assert runs(home)["status"].tolist() == ["FINISHED"] * 2
+    [its] = sweep_runs(home)
+    assert its.data.tags["n"] == "2"
+
+
+@pytest.mark.slow
 def test_a_bad_trial_does_not_end_the_others(fmnist: Fmnist, home: Path) -> None:
     lay_out(
         home,
