@@ -100,7 +100,7 @@ def surroundings() -> Iterator[None]:
         patched.setattr(
             environment,
             "collect",
-            lambda command, device, stack=1: {
+            lambda command, device, stack=1, device_check=None: {
                 **facts,
                 "threads": torch.get_num_threads(),
                 "stack": stack,
