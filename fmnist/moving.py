@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fmnist import groups
+from fmnist import groups, models
 from fmnist.errors import StoreError
 from fmnist.journal import Point
 from fmnist.tracking import REGISTERED, Store
@@ -103,8 +103,11 @@ def _move_model(here: Store, there: Store, model_id: str, experiment_id: str, ru
         experiment_id, model.name, run_id, None, model.params, model.model_type
     )
     with tempfile.TemporaryDirectory(prefix="fmnist-") as scratch:
-        folder = here.model_files(model_id, Path(scratch))
-        described = folder / "MLmodel"
+        folder = Path(scratch)
+        for name, data in here.model(model.source_run_id).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(data)
+        described = folder / models.DESCRIPTION
         text = described.read_text(encoding="utf-8").replace(
             model.artifact_location, new.artifact_location
         )
@@ -113,6 +116,7 @@ def _move_model(here: Store, there: Store, model_id: str, experiment_id: str, ru
             encoding="utf-8",
         )
         there.client.log_model_artifacts(new.model_id, str(folder))
+        there.set_tags(run_id, {models.TAG: models.digests(folder)})
     there.client.finalize_logged_model(new.model_id, "READY")
     return str(new.model_id)
 

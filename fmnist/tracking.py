@@ -13,15 +13,15 @@ import os
 import re
 import shutil
 import sqlite3
-import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
 
+from fmnist import models
 from fmnist import spec as specs
 from fmnist.database import database, prepare, sqlite, told
 from fmnist.errors import StoreError, UserError
@@ -306,6 +306,7 @@ class Store:
         with tempfile.TemporaryDirectory() as folder:
             save_model(module, example, Path(folder) / "model", identity)
             self.client.log_model_artifacts(model_id, str(Path(folder) / "model"))
+            self.set_tags(run_id, {models.TAG: models.digests(Path(folder) / "model")})
         self.client.finalize_logged_model(model_id, "READY")
         names, linked = _dataset_names(spec), []
         for key, value in metrics.items():
@@ -534,19 +535,48 @@ class Store:
                 found[name] = data
             return found
 
-    def load_model(self, uri: str) -> Any:
-        """A logged or registered model, as MLflow's pyfunc."""
-        import mlflow.pyfunc
+    def model(self, run_id: str, registered: Any = None) -> dict[str, bytes]:
+        """The files of a run's model; raises StoreError where there is none, or one is not as it was recorded, or would run code.
 
-        mlflow.set_tracking_uri(self.client.tracking_uri)
-        mlflow.set_registry_uri(self.client.tracking_uri)
-        with told(f"{uri} can't be loaded", "see that the store is there and holds its files"):
-            return mlflow.pyfunc.load_model(uri)
+        `registered` is a version of it, which must have the same files.
+        """
+        with told(f"run {run_id}: its model can't be read", "see that the store is there"):
+            run = self.client.get_run(run_id)
+            if not run.outputs or not run.outputs.model_outputs:
+                raise StoreError(f"run {run_id} has no model; name another, or train it again")
+            model = self.client.get_logged_model(run.outputs.model_outputs[0].model_id)
+            location = model.artifact_location
+            if registered is not None and location != self.client.get_model_version_download_uri(
+                REGISTERED, registered.version
+            ):
+                raise StoreError(
+                    f"version {registered.version} of {REGISTERED} holds other files than its run {run_id}; promote another run"
+                )
+            whose = f"run {run_id}: its model"
+            return models.verified(
+                run.data.tags.get(models.TAG), lambda name: self._file(location, name), whose
+            )
 
-    def model_files(self, model_id: str, folder: Path) -> Path:
-        """A copy below `folder` of a logged model's files, of a store on this machine."""
-        location = self.client.get_logged_model(model_id).artifact_location
-        return Path(shutil.copytree(unquote(location.removeprefix("file://")), folder / "model"))
+    def _file(self, location: str, name: str) -> bytes:
+        """A file below an address of artifacts."""
+        if location.startswith("file://"):
+            return (Path(unquote(location.removeprefix("file://"))) / name).read_bytes()
+        from mlflow.artifacts import download_artifacts
+
+        with tempfile.TemporaryDirectory(prefix="fmnist-") as folder:
+            found = download_artifacts(
+                artifact_uri=f"{location}/{name}",
+                dst_path=folder,
+                tracking_uri=self.client.tracking_uri,
+            )
+            return Path(found).read_bytes()
+
+    def verify(self, run_id: str) -> None:
+        """Read all that is stored of a run in files; raises StoreError where one is missing or not as it was recorded."""
+        self.read(run_id, json.loads(self.read(run_id, [])["manifest.json"]))
+        outputs = self.client.get_run(run_id).outputs
+        if outputs and outputs.model_outputs:
+            self.model(run_id)
 
     def _artifact(self, info: Any, name: str) -> bytes:
         with told(
@@ -635,80 +665,113 @@ def save_model(
     `example` is uint8 [B, 28, 28] with B above 1, else torch.export would freeze the batch size; `identity` ties it to a run.
     """
     import mlflow.pytorch
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.models import Model
 
-    images, probabilities = (
-        TensorSpec(np.dtype(np.uint8), (-1, 28, 28)),
-        TensorSpec(np.dtype(np.float32), (-1, specs.CLASSES)),
-    )
     requirements = [
         f"{package}=={importlib.metadata.version(package)}"
         for package in ("mlflow", "torch", "numpy")
     ]
-    signature, model = (
-        ModelSignature(Schema([images]), Schema([probabilities])),
-        Model(**(identity or {})),
-    )
     options = {
         "input_example": example,
         "pip_requirements": requirements,
         "serialization_format": "pt2",
     }
-    mlflow.pytorch.save_model(module, path, mlflow_model=model, signature=signature, **options)
+    mlflow.pytorch.save_model(
+        module, path, mlflow_model=Model(**(identity or {})), signature=signature(), **options
+    )
+
+
+def signature() -> Any:
+    """What a model takes and gives: raw images, and a probability for each class."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    images = TensorSpec(np.dtype(np.uint8), (-1, 28, 28))
+    probabilities = TensorSpec(np.dtype(np.float32), (-1, specs.CLASSES))
+    return ModelSignature(Schema([images]), Schema([probabilities]))
 
 
 def champion_uri() -> str:
     return f"models:/{REGISTERED}@{CHAMPION}"
 
 
-def page(experiment_id: str, run_id: str = "", port: int = 5000) -> str:
-    """Where a run, or all of an experiment, is seen: on the server, or on the one that `make ui` starts."""
+def page(experiment_id: str, run_id: str = "", port: int = 5000, key: str = "") -> str:
+    """Where a run, or all of an experiment, is seen: on the server, or on the one that `make ui` starts and opens with a key."""
     server = specs.redacted(specs.tracking_server() or f"http://127.0.0.1:{port}")
     place = f"/{run_id}?" if run_id else f"?viewStateShareKey={VIEW}&"
     # Without the type MLflow's pages open as for language models, with no run's metrics in sight.
-    return f"{server}/#/experiments/{experiment_id}/runs{place}workflowType=machine_learning"
+    door = f"?key={key}" if key else ""
+    return f"{server}/{door}#/experiments/{experiment_id}/runs{place}workflowType=machine_learning"
 
 
-def server_command(root: Path, port: int) -> list[str]:
-    """The command of `make ui`: this machine only, explicit hosts and origins, no proxied writes to artifacts."""
-    here = f"127.0.0.1:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri(root)]
-    command += [
-        "--default-artifact-root",
-        str(root / "mlruns" / "artifacts"),
-        "--no-serve-artifacts",
-    ]
-    command += [
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-        "--x-frame-options",
-        "DENY",
-    ]
-    return [
-        *command,
-        "--allowed-hosts",
-        f"{here},localhost:{port}",
-        "--cors-allowed-origins",
-        f"http://{here}",
-    ]
+def pages(root: Path, hosts: Sequence[str]) -> Any:
+    """MLflow's server of the local store as an ASGI application, for these addresses only.
+
+    It has no access check of its own, and takes uploads of artifacts even where it serves none.
+    """
+    os.environ.update(SETTINGS)
+    os.environ |= {
+        "MLFLOW_TRACKING_URI": uri(root),
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(hosts),
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(f"http://{host}" for host in hosts),
+        "MLFLOW_SERVER_X_FRAME_OPTIONS": "DENY",
+    }
+    from mlflow.server import constants
+
+    os.environ[constants.BACKEND_STORE_URI_ENV_VAR] = uri(root)
+    os.environ[constants.ARTIFACT_ROOT_ENV_VAR] = str(root / "mlruns" / "artifacts")
+    from mlflow.server.fastapi_app import app
+
+    return app
 
 
-def model_server_command(model: str, port: int) -> list[str]:
-    """The command of `make serve`: in this environment, on this machine only."""
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "models",
-        "serve",
-        "--model-uri",
-        model,
-        "--env-manager",
-        "local",
-    ]
-    return [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+class Served:
+    """A model as MLflow's model server asks it."""
+
+    metadata = None
+
+    def __init__(self, program: Callable[[np.ndarray], np.ndarray]) -> None:
+        self.program = program
+
+    def predict(self, data: Any) -> np.ndarray:
+        from mlflow.exceptions import MlflowException
+
+        if getattr(data, "dtype", None) != np.uint8 or data.shape[1:] != (28, 28):
+            raise MlflowException.invalid_parameter_value(
+                'give images as JSON: {"inputs": [[[0, ...], ...]]}, 28 x 28 pixels each, 0 to 255'
+            )
+        return self.program(data)
+
+
+def scoring(program: Callable[[np.ndarray], np.ndarray]) -> Any:
+    """An ASGI application that answers by the protocol of MLflow's model server; what it says of errors holds no stack trace."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.pyfunc import scoring_server
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, PlainTextResponse, Response
+    from starlette.routing import Route
+
+    async def ping(request: Request) -> Response:
+        return PlainTextResponse("\n")
+
+    async def invocations(request: Request) -> Response:
+        body, kind = await request.body(), request.headers.get("content-type", "")
+        schema = signature().inputs
+        try:
+            found = await run_in_threadpool(
+                scoring_server.invocations, body, kind, Served(program), schema
+            )
+        except MlflowException as error:
+            told = {"error_code": error.error_code, "message": error.message}
+            return JSONResponse(told, error.get_http_status_code())
+        return Response(found.response, found.status, media_type=found.mimetype)
+
+    return Starlette(
+        routes=[
+            Route("/ping", ping),
+            Route("/health", ping),
+            Route("/invocations", invocations, methods=["POST"]),
+        ]
+    )
