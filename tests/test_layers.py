@@ -49,7 +49,7 @@ ALLOWED = {
     "guard": set(),
     "tracking": {"database", "models", "spec", "journal", "errors"},
     "sweeps": {"experiments", "spec", "errors"},
-    "search": {"journal", "spec", "sweeps"},
+    "search": {"database", "journal", "spec", "sweeps"},
     "workers": {
         "database",
         "engine",
