@@ -85,6 +85,11 @@ INFO = {key: key for key in ("run_id", "experiment_id", "status")} | {
 }
 CURVES = ["train/loss", "train/accuracy", "train/lr", "val/loss", "val/accuracy"]
 REGISTERED, CHAMPION, MODEL_VERSIONS = "fmnist", "champion", "mlflow.modelVersions"
+COLUMNS = {
+    "curves.parquet": ["step", "epoch", "elapsed_s", *CURVES],
+    "predictions.parquet": ["split", "index", "label", *(f"logit_{c}" for c in range(10))],
+}
+"""Of a run's tables; all hold numbers but `split`."""
 DATA_URL = "https://github.com/zalandoresearch/fashion-mnist"
 
 
@@ -531,9 +536,18 @@ class Store:
                     raise StoreError(
                         f"run {run_id}: {name} is not as it was recorded, and not usable; restore it or train again"
                     )
+                if name in COLUMNS:
+                    _check_columns(run_id, name, data)
                 digests = json.loads(data) | digests if name == "manifest.json" else digests
                 found[name] = data
             return found
+
+    def figures(self, run_id: str) -> dict[str, bytes]:
+        """The pictures that a run's manifest names, by their file names; raises StoreError as `read` does."""
+        manifest = json.loads(self.read(run_id, [])["manifest.json"])
+        names = [name for name in manifest if Path(name).parts[:-1] == ("figures",)]
+        found = self.read(run_id, names)
+        return {Path(name).name: found[name] for name in names}
 
     def model(self, run_id: str, registered: Any = None) -> dict[str, bytes]:
         """The files of a run's model; raises StoreError where there is none, or one is not as it was recorded, or would run code.
@@ -600,6 +614,12 @@ class Store:
             f"run {run_id}: {artifact} can't be read", "where it is lost, restore it or train again"
         ):
             place = _place(self.client.get_run(run_id).info)
+            if place is not None:
+                found = [place / artifact, *(place / artifact).rglob("*")]
+                if links := [path for path in found if path.is_symlink()]:
+                    raise StoreError(
+                        f"run {run_id}: {links[0]} is a symbolic link, which no run records; remove it"
+                    )
             if place is not None and (place / artifact).is_dir():
                 return Path(
                     shutil.copytree(place / artifact, folder / artifact, dirs_exist_ok=True)
@@ -611,6 +631,24 @@ def _place(info: Any) -> Path | None:
     """The folder of a run's artifacts, where that is on this machine."""
     uri = str(info.artifact_uri)
     return Path(unquote(uri.removeprefix("file://"))) if uri.startswith("file://") else None
+
+
+def _check_columns(run_id: str, name: str, data: bytes) -> None:
+    """Raise StoreError where a table has not the columns that are read of it."""
+    import pyarrow.parquet
+    from pyarrow import types
+
+    schema = pyarrow.parquet.read_schema(io.BytesIO(data))
+    numeric = {
+        field.name
+        for field in schema
+        if types.is_integer(field.type) or types.is_floating(field.type)
+    }
+    wrong = {*COLUMNS[name]} - numeric - ({"split"} & {*schema.names})
+    if wrong:
+        raise StoreError(
+            f"run {run_id}: {name} has no numbers in {', '.join(sorted(wrong))}, and not usable; restore it or train again"
+        )
 
 
 def _standard_name(key: str) -> str | None:
