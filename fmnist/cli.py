@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fmnist.errors import FmnistError, UserError
+from fmnist.words import print_plain as print
+from fmnist.words import printable, warn_plainly
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,6 +41,7 @@ def main() -> None:
         100_000
     )  # the imports make half a million objects to keep, and looking through them took a seventh of their time
     code = 0
+    warn_plainly()
     try:
         app()
     except SystemExit as ended:
@@ -683,10 +686,13 @@ def report(
     if not as_json:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(*written.columns)
+        table = Table()
+        for column in written.columns:
+            table.add_column(Text(printable(column)))
         for row in written.rows:
-            table.add_row(*row)
+            table.add_row(*(Text(printable(cell)) for cell in row))
         Console(width=None if sys.stdout.isatty() else 200).print(table)
     rows = [dict(zip(written.columns, row, strict=True)) for row in written.rows]
     lines = [f"note: {note}" for note in written.notes]

@@ -328,6 +328,46 @@ def test_named_runs_alone_the_first_is_the_reference(recorded: Recorded, tmp_pat
 # ---- what needs care
 
 
+EVIL = "evil\x1b[2J\x1b]0;x\x07\x9b31m\r\x08\x7f\u202e[red]é"
+
+
+def test_no_name_of_a_run_reaches_a_terminal_as_it_is(recorded: Recorded) -> None:
+    store, run_id = recorded.store, recorded.slow
+    before = store.client.get_run(run_id).info.run_name
+    store.client.update_run(run_id, name=EVIL)
+    store.client.set_tag(recorded.running, "mlflow.runName", EVIL)
+    try:
+        for arguments in (
+            ("runs",),
+            ("runs", "--json"),
+            ("report", run_id),
+            ("report", run_id, "--json"),
+            ("compare", run_id, recorded.fast[0]),
+            ("compare", run_id, recorded.fast[0], "--json"),
+            ("compare", "nonsense", run_id),
+            ("predict", run_id, "no.png"),
+            ("promote", run_id, "--because", EVIL),
+            ("promote", "evil"),
+            ("doctor",),
+        ):
+            result = command(recorded.home, *arguments)
+            said = result.stdout + result.stderr
+            obeyed = {letter for letter in said if not letter.isprintable()} - {"\n"}
+            assert not obeyed, (
+                arguments,
+                [ascii(line) for line in said.splitlines() if not line.isprintable()],
+            )
+            if arguments[0] == "runs":
+                assert "evil\\u001b[2J" in said
+                assert "\\u009b31m" in said
+                assert "[red]é" in said
+            if arguments == ("runs", "--json"):
+                assert EVIL in {row["name"] for row in json.loads(result.stdout)["runs"]}
+    finally:
+        store.client.update_run(run_id, name=before)
+        store.client.set_tag(recorded.running, "mlflow.runName", "tiny s9")
+
+
 def test_empty_store_is_told_of(home: Path, with_store: None, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run is finished yet; start one with"):
         reports.write(tracking.connect(home), tmp_path / "reports", [])
