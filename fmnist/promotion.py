@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fmnist import compare, exported, groups, models, tracking
+from fmnist import compare, groups, models, tracking
 from fmnist.errors import UserError
 from fmnist.tracking import Store
 
@@ -85,6 +85,8 @@ def promote(store: Store, text: str, because: str | None = None) -> Promotion:
 
 def _see_that_it_can_be_used(store: Store, run_id: str, registered: Any = None) -> None:
     """Raise StoreError where a run's model is not as it was recorded, or does more than our own: others load the champion with MLflow."""
+    from fmnist import exported  # torch comes with it
+
     exported.load(store.model(run_id, registered)[models.PROGRAM], f"run {run_id}: its model")
 
 
