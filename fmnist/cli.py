@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fmnist.errors import FmnistError, UserError
+from fmnist.words import print_plain as print
+from fmnist.words import printable, warn_plainly
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,6 +75,7 @@ def main() -> None:
         100_000
     )  # the imports make half a million objects to keep, and looking through them took a seventh of their time
     code = 0
+    warn_plainly()
     try:
         app()
     except SystemExit as ended:
@@ -627,11 +630,16 @@ def _look_after(root: Path) -> None:
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read and check every stored file and model too.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Look at environment, data, store and unfinished runs, and say what to do; exit 1 if there is anything."""
     from fmnist import doctor as doctors
 
-    found = list(doctors.findings(_home()))
+    found = list(doctors.findings(_home(), deep))
     lines = [
         f"ok  {finding.what}"
         if finding.remedy is None
@@ -727,10 +735,13 @@ def report(
     if not as_json:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(*written.columns)
+        table = Table()
+        for column in written.columns:
+            table.add_column(Text(printable(column)))
         for row in written.rows:
-            table.add_row(*row)
+            table.add_row(*(Text(printable(cell)) for cell in row))
         Console(width=None if sys.stdout.isatty() else 200).print(table)
     rows = [dict(zip(written.columns, row, strict=True)) for row in written.rows]
     lines = [f"note: {note}" for note in written.notes]
@@ -756,18 +767,17 @@ def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)
         raise UserError(
             f"the runs are at MLFLOW_TRACKING_URI: open {specs.redacted(address)} in a browser, or unset it (local store)"
         )
-    serving.check_port(port, "ui")
-    _look_after(root)
-    experiment_id = tracking.connect(root, create=True).experiment(specs.Tracking().experiment)
-    away = f"Ctrl-C stops it; from another machine: ssh -L {port}:127.0.0.1:{port} HOST"
-    told = [f"the runs: {tracking.page(experiment_id, port=port)}", away]
-    serving.serve(
-        tracking.server_command(root, port),
-        root,
-        root / "mlruns" / "ui.log",
-        f"http://127.0.0.1:{port}/health",
-        told,
-    )
+    with serving.listen(port, "ui") as listener:
+        _look_after(root)
+        experiment_id = tracking.connect(root, create=True).experiment(specs.Tracking().experiment)
+        pages = serving.pages(root, port)
+        print(f"the runs: {tracking.page(experiment_id, port=port, key=pages.key)}")
+        print(
+            "the link holds a key, for you only; Ctrl-C stops it; from another machine:"
+            f" ssh -L {port}:127.0.0.1:{port} HOST",
+            flush=True,
+        )
+        serving.serve(pages, listener, root / "mlruns" / "ui.log")
 
 
 @app.command()
@@ -781,12 +791,11 @@ def serve(
     from fmnist import serving, tracking
 
     root = _home()
-    serving.check_port(port, "serve")
-    uri = serving.model_uri(tracking.connect(root), model)
-    command, log = tracking.model_server_command(uri, port), root / "mlruns" / "serve.log"
-    serving.serve(
-        command, root, log, f"http://127.0.0.1:{port}/ping", serving.how_to_ask(uri, port)
-    )
+    with serving.listen(port, "serve") as listener:
+        run_id, program = serving.model(tracking.connect(root), model)
+        answers = tracking.scoring(program)
+        print("\n".join(serving.how_to_ask(run_id, port)), flush=True)
+        serving.serve(answers, listener, root / "mlruns" / "serve.log")
 
 
 @app.command()

@@ -70,10 +70,7 @@ def prepare(root: Path) -> None:
     """See to it that there is a local database, whole, which this MLflow can use where it lies now."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    if set("?%") & set(str(root)):
-        raise StoreError(
-            f"{root}: SQLAlchemy can't open a file below a folder with ? or % in its name; rename the folder"
-        )
+    specs.check_folder(root)
     path, artifacts = database(root), root / "mlruns" / "artifacts"
     path.parent.mkdir(parents=True, exist_ok=True)
     # MLflow's own creation is not safe when several processes begin at once

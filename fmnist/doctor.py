@@ -8,12 +8,16 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fmnist import data, database, state, tracking
 from fmnist import spec as specs
 from fmnist.errors import UserError
 from fmnist.journal import Recorded, read
 from fmnist.state import StateFolder, is_locked, state_folder, state_folders
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FREE_BYTES = 1_000_000_000
 
@@ -24,8 +28,8 @@ class Finding:
     remedy: str | None = None  # what to do; None where all is well
 
 
-def findings(root: Path) -> Iterator[Finding]:
-    """Everything there is to say, sound things first within each part."""
+def findings(root: Path, deep: bool = False) -> Iterator[Finding]:
+    """Everything there is to say, sound things first within each part; `deep` reads every file that is stored of a run."""
     yield from _environment(Path(__file__).parent.parent)
     faults = data.faults(root)
     yield from (Finding(f"data: {name} is {fault}", "make data") for name, fault in faults.items())
@@ -36,7 +40,7 @@ def findings(root: Path) -> Iterator[Finding]:
         f"disk: {free / 1e9:.1f} GB free",
         None if free > FREE_BYTES else "make room: a run of 20 epochs takes 25 MB",
     )
-    yield from _store(root)
+    yield from _store(root, deep)
     yield from (Finding(fault.what, fault.remedy) for fault in state.faults(root))
     yield from map(describe, state_folders(root))
     for path in state_folder(root).glob(".*"):
@@ -77,7 +81,7 @@ def _environment(repository: Path) -> Iterator[Finding]:
         )
 
 
-def _store(root: Path) -> Iterator[Finding]:
+def _store(root: Path, deep: bool) -> Iterator[Finding]:
     if server := specs.tracking_server():
         yield Finding(f"store: {specs.redacted(server)}")
     elif not database.database(root).exists():
@@ -110,12 +114,28 @@ def _store(root: Path) -> Iterator[Finding]:
                     "fmnist sync  (it uploads all of it again)",
                 )
         yield Finding(f"store: {len(runs)} runs")
+        if deep:
+            yield from _files(store, runs)
     except UserError as error:
         yield Finding("store: can't be used", str(error))
     except Exception as error:  # a server has many ways to fail
         yield Finding(
             "store: can't be used", specs.redacted((str(error) or repr(error)).splitlines()[0])
         )
+
+
+def _files(store: tracking.Store, runs: "pd.DataFrame") -> Iterator[Finding]:
+    """What is wrong with the artifacts and models of the runs that have ended."""
+    noted = runs["t/manifest_sha256"].notna() if "t/manifest_sha256" in runs else False
+    whole = 0
+    for run_id in runs.loc[(runs["status"] == "FINISHED") | noted, "run_id"]:
+        try:
+            store.verify(run_id)
+            whole += 1
+        except UserError as error:
+            what, _, remedy = str(error).rpartition("; ")
+            yield Finding(f"store: {what}", remedy)
+    yield Finding(f"store: artifacts and model of {whole} runs, SHA-256 as recorded")
 
 
 def describe(folder: StateFolder) -> Finding:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from fmnist import files, groups
+from fmnist import files, groups, models
 from fmnist.errors import StoreError
 from fmnist.journal import Point
 from fmnist.tracking import REGISTERED, Store, made
@@ -105,9 +105,11 @@ def _move_model(here: Store, there: Store, model_id: str, experiment_id: str, ru
         ),
         lambda: next(iter(there.client.search_logged_models([experiment_id], of_run)), None),
     )
-    with files.scratch() as scratch:
-        folder = here.model_files(model_id, scratch)
-        described = folder / "MLmodel"
+    with files.scratch() as folder:
+        for name, data in here.model(model.source_run_id).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(data)
+        described = folder / models.DESCRIPTION
         text = described.read_text(encoding="utf-8").replace(
             model.artifact_location, new.artifact_location
         )
@@ -116,6 +118,7 @@ def _move_model(here: Store, there: Store, model_id: str, experiment_id: str, ru
             encoding="utf-8",
         )
         there.client.log_model_artifacts(new.model_id, str(folder))
+        there.set_tags(run_id, {models.TAG: models.digests(folder)})
     there.client.finalize_logged_model(new.model_id, "READY")
     return str(new.model_id)
 

@@ -1,9 +1,9 @@
 """The champion: the registered model that others load. A run's model takes its place only if it is better beyond the noise."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fmnist import compare, groups, tracking
+from fmnist import compare, groups, models, tracking
 from fmnist.errors import UserError
 from fmnist.tracking import Store
 
@@ -39,6 +39,7 @@ def promote(store: Store, text: str, because: str | None = None) -> Promotion:
             f"{run['name']} was validated on the test images, by which no model may be chosen; promote a run with data.holdout,"
             ' or say why all the same: --because "..."'
         )
+    _see_that_it_can_be_used(store, run["run_id"])
     verdict = "the first champion"
     if current is not None:
         verdict, better = _verdict(store, runs, current.run_id, run["run_id"])
@@ -82,6 +83,13 @@ def promote(store: Store, text: str, because: str | None = None) -> Promotion:
     )
 
 
+def _see_that_it_can_be_used(store: Store, run_id: str, registered: Any = None) -> None:
+    """Raise StoreError where a run's model is not as it was recorded, or does more than our own: others load the champion with MLflow."""
+    from fmnist import exported  # torch comes with it
+
+    exported.load(store.model(run_id, registered)[models.PROGRAM], f"run {run_id}: its model")
+
+
 def _verdict(
     store: Store, runs: "pd.DataFrame", champion: str, challenger: str
 ) -> tuple[str, bool]:
@@ -114,6 +122,8 @@ def roll_back(store: Store) -> Promotion:
         raise UserError(
             f"version {current.version} is the first champion, there is none before it to go back to"
         )
+    former = store.client.get_model_version(tracking.REGISTERED, before)
+    _see_that_it_can_be_used(store, former.run_id, former)
     store.make_champion(before)
     restored = store.champion()
     assert restored is not None

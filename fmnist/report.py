@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
@@ -143,23 +141,19 @@ def _fits(runs: pd.DataFrame, text: str) -> "pd.Series[bool]":
 
 
 def _copy_figures(store: Store, runs: pd.DataFrame, target: Path, notes: list[str]) -> list[Path]:
-    """The figures that finished runs have among their artifacts."""
+    """The figures that finished runs have among their artifacts, as they were recorded."""
     files = []
     for run_id, label in runs.loc[
         (runs["status"] == "FINISHED") & _own(runs), ["run_id", "label"]
     ].itertuples(index=False):
         place = target / re.sub(r"[^\w.=-]", "_", label)[:100].lstrip(".")
         place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as scratch:
-            try:
-                files += [
-                    Path(shutil.copy(path, place))
-                    for path in sorted(
-                        store.download(run_id, "figures", Path(scratch)).glob("*.png")
-                    )
-                ]
-            except StoreError as error:
-                notes.append(str(error))
+        try:
+            for name, picture in store.figures(run_id).items():
+                (place / name).write_bytes(picture)
+                files.append(place / name)
+        except StoreError as error:
+            notes.append(str(error))
     return files
 
 

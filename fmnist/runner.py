@@ -3,6 +3,8 @@
 Nothing here computes and nothing here knows MLflow: the journal is carried there by another process.
 """
 
+import base64
+import os
 import re
 import subprocess
 import time
@@ -10,8 +12,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from fmnist import checkpoint, devices, environment, experiments
 from fmnist import engine as engines
@@ -356,8 +360,11 @@ def _newest_checkpoint(
 
 
 def _preflight(context: Context) -> None:
-    """Refuse a tracker that can't be reached now; what fails later is an outage, and training goes on."""
-    if not context.sync or (uri := specs.tracking_server()) is None:
+    """Refuse a tracker that can't be reached or used now; what fails later is an outage, and training goes on."""
+    if not context.sync:
+        return
+    if (uri := specs.tracking_server()) is None:
+        specs.check_folder(context.root)
         return
     try:
         urllib.request.urlopen(specs.redacted(uri) + "/health", timeout=PREFLIGHT_TIMEOUT_S).close()
@@ -367,6 +374,41 @@ def _preflight(context: Context) -> None:
         raise StoreError(
             f"no MLflow server answers at {specs.redacted(uri)} ({error}); start it, unset MLFLOW_TRACKING_URI for the local store, or give --no-sync"
         ) from None
+
+    if (credentials := _credentials(uri)) is not None:
+        _log_in(specs.redacted(uri), credentials)
+
+
+def _credentials(uri: str) -> dict[str, str] | None:
+    """The header by which MLflow will tell the server who it is; None where it may find that in other places."""
+    given = re.match(r"https?://([^/]*)@", uri)
+    names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+    user, password, token = (os.environ.get(name) for name in names)
+    if given or (user and password):
+        pair = unquote(given[1]) if given else f"{user}:{password}"
+        return {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}
+    if token:
+        return {"Authorization": f"Bearer {token}"}
+    elsewhere = (".netrc", "_netrc", ".mlflow/credentials")
+    settings = {"NETRC", "MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4"}
+    if settings & {*os.environ} or any((Path.home() / name).exists() for name in elsewhere):
+        return None
+    return {}
+
+
+def _log_in(address: str, credentials: Mapping[str, str]) -> None:
+    """Refuse a user or password that the server does not take."""
+    question = f"{address}/api/2.0/mlflow/experiments/search?max_results=1"
+    try:
+        request = urllib.request.Request(question, headers=dict(credentials))
+        urllib.request.urlopen(request, timeout=PREFLIGHT_TIMEOUT_S).close()
+    except urllib.error.HTTPError as error:
+        if error.code == HTTPStatus.UNAUTHORIZED:
+            raise StoreError(
+                f"the MLflow server at {address} does not take this user and password; set MLFLOW_TRACKING_USERNAME and _PASSWORD, or give --no-sync"
+            ) from None
+    except (OSError, ValueError):
+        pass  # an outage that began this moment
 
 
 def hand_over(

@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 
 from fmnist import files
 from fmnist import spec as specs
-from fmnist.database import told
+from fmnist.database import sqlite, told
 from fmnist.journal import Result
 from fmnist.sweeps import Dimension, Search, Sweep, Trial
 
@@ -41,8 +41,9 @@ class Study:
         self._folder = sweep.root / "mlruns"
         self._space = {path: _distribution(dimension) for path, dimension in search.space.items()}
         self._evaluations = sum(segment.evaluate for segment in specs.plan(sweep.base.spec))
+        self._file = self._folder / "searches.db"
         with told(
-            f"{self._folder / 'searches.db'} can't be used",
+            f"{self._file} can't be used",
             "restore it from a copy, or move it away: the search begins anew",
         ):
             self._study = optuna.create_study(
@@ -56,13 +57,18 @@ class Study:
     def _stored(self) -> optuna.storages.BaseStorage:
         self._folder.mkdir(exist_ok=True)
         with self._locked():  # SQLAlchemy's tables are not made safely by several at once
+            if self._file.exists():
+                with sqlite(self._file) as connection:
+                    damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+                if damage != "ok":
+                    raise ValueError(damage)
             return optuna.storages.RDBStorage(
-                f"sqlite:///{self._folder / 'searches.db'}", {"connect_args": {"timeout": 60}}
+                f"sqlite:///{self._file}", {"connect_args": {"timeout": 60}}
             )
 
     def _copied(self) -> optuna.storages.BaseStorage:
         memory = optuna.storages.InMemoryStorage()
-        if (self._folder / "searches.db").exists():
+        if self._file.exists():
             with contextlib.suppress(KeyError):  # other studies are in it
                 optuna.copy_study(
                     from_study_name=self.sweep.study, from_storage=self._stored(), to_storage=memory

@@ -1,95 +1,77 @@
 """Servers that run as long as their command does, on this machine only: MLflow's pages, and the champion's predictions; and predictions at once."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
-from urllib.request import urlopen
+from typing import TYPE_CHECKING, Any
 
-from fmnist import tracking
-from fmnist.errors import StoreError, UserError
+from fmnist import models, tracking
+from fmnist.errors import UserError
+from fmnist.guard import Guard, addresses
 
-START_S = 60
+if TYPE_CHECKING:
+    from fmnist.exported import Program
 
 
-def check_port(port: int, target: str) -> None:
-    """Raise UserError where a port is taken, with one that is free."""
+def listen(port: int, target: str) -> socket.socket:
+    """Take a port of 127.0.0.1; raises UserError where it is taken, with one that is free."""
     try:
-        socket.create_server(("127.0.0.1", port)).close()
+        return socket.create_server(("127.0.0.1", port))
+    except PermissionError:
+        why = f"port {port} on 127.0.0.1 may not be used by this account"
     except OSError:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            free = listener.getsockname()[1]
         why = f"port {port} on 127.0.0.1 is taken, perhaps by another `make {target}`"
-        raise UserError(f"{why}; port {free} is free: make {target} PORT={free}") from None
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        free = listener.getsockname()[1]
+    raise UserError(f"{why}; port {free} is free: make {target} PORT={free}")
 
 
-def serve(command: Sequence[str], root: Path, log: Path, health: str, told: Sequence[str]) -> None:
-    """Run a server until a signal comes; once `health` answers, print what is `told`. Raises UserError where it doesn't come up."""
-    for ending in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # the server must not outlive us; a shell's `&` has SIGINT ignored
+def serve(app: Any, listener: socket.socket, log: Path) -> None:
+    """Answer with an ASGI application until a signal comes; what it says goes to `log`."""
+    import uvicorn
+
+    for ending in (signal.SIGINT, signal.SIGTERM):  # a shell's `&` has SIGINT ignored
         signal.signal(ending, signal.default_int_handler)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # MLflow starts uvicorn by its name
-    environment = {
-        **os.environ,
-        **tracking.SETTINGS,
-        "MLFLOW_TRACKING_URI": tracking.uri(root),
-        "PATH": path,
-    }
-    with open(log, "wb") as output:
-        server = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=output, cwd=root, start_new_session=True
+    with open(log, "w") as output, redirect_stdout(output), redirect_stderr(output):
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,  # it would hold the key
+            proxy_headers=False,
+            timeout_graceful_shutdown=5,
         )
-    try:
-        _wait_until_up(server, health, log)
-        print("\n".join(told), flush=True)
-        server.wait()
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)  # with the workers that it started
-            server.wait()
-            for _ in range(100):  # until the last of them is gone: as long as it lives it listens
-                os.killpg(server.pid, 0)
-                time.sleep(0.05)
+        uvicorn.Server(config).run([listener])
 
 
-def _wait_until_up(server: "subprocess.Popen[bytes]", health: str, log: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and server.poll() is None:
-        with suppress(OSError), urlopen(health, timeout=1):
-            return
-        time.sleep(0.2)
-    last = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-    raise UserError(f"the server did not come up: {last} (all of it: {log})")
+def pages(root: Path, port: int) -> Guard:
+    """MLflow's pages of the local store, behind a key."""
+    return Guard(tracking.pages(root, addresses(port)), port)
 
 
-def how_to_ask(uri: str, port: int) -> list[str]:
+def how_to_ask(run_id: str, port: int) -> list[str]:
     """What a model server at this port takes and gives, in words."""
     return [
-        f"{uri} answers at http://127.0.0.1:{port}/invocations; Ctrl-C stops it",
+        f"the model of run {run_id} answers at http://127.0.0.1:{port}/invocations; Ctrl-C stops it",
         f"""curl http://127.0.0.1:{port}/invocations -H 'Content-Type: application/json' -d '{{"inputs": [[[0, ...], ...]]}}'""",
         "inputs: images of 28 x 28 pixels, 0 to 255, bright on dark; predictions: a probability for each of the ten classes",
     ]
 
 
-def model_uri(store: tracking.Store, text: str) -> str:
-    """MLflow's address of a model: of the `champion`, or of the run that `text` names; raises UserError where there is none."""
+def model(store: tracking.Store, text: str) -> "tuple[str, Program]":
+    """The model of the `champion`, or of the run that `text` names, and the run's id; raises UserError where none can be used."""
+    from fmnist import exported  # torch comes with it, which MLflow's pages don't need
+
+    champion = None
     if text == tracking.CHAMPION:
-        if store.champion() is None:
+        if (champion := store.champion()) is None:
             raise UserError("there is no champion yet; fmnist promote RUN makes one, or name a run")
-        return tracking.champion_uri()
-    run = tracking.the_one(store.runs(), text)
-    outputs = store.client.get_run(run["run_id"]).outputs
-    if not outputs or not outputs.model_outputs:
-        raise StoreError(f"run {run['run_id']} has no model; name another, or train it again")
-    return f"models:/{outputs.model_outputs[0].model_id}"
+        run_id = champion.run_id
+    else:
+        run_id = tracking.the_one(store.runs(), text)["run_id"]
+    files = store.model(run_id, champion)
+    return run_id, exported.load(files[models.PROGRAM], f"run {run_id}: its model")
 
 
 def read_image(path: Path, invert: bool) -> Any:
@@ -112,7 +94,7 @@ def read_image(path: Path, invert: bool) -> Any:
 
 
 def predict(
-    store: tracking.Store, model: str, paths: Sequence[Path], invert: bool
+    store: tracking.Store, text: str, paths: Sequence[Path], invert: bool
 ) -> list[dict[str, Any]]:
     """What a model takes each picture for: its class, and the probability of each class."""
     import numpy as np
@@ -120,9 +102,9 @@ def predict(
     from fmnist.plots import CLASSES
 
     images = np.stack([np.asarray(read_image(path, invert), np.uint8) for path in paths])
-    probabilities = store.load_model(model_uri(store, model)).predict(images)
+    _, program = model(store, text)
     found = []
-    for path, row in zip(paths, np.asarray(probabilities, float), strict=True):
+    for path, row in zip(paths, program(images).astype(float), strict=True):
         by_class = dict(zip(CLASSES, row.tolist(), strict=True))
         found.append(
             {"image": str(path), "class": CLASSES[int(row.argmax())], "probabilities": by_class}

@@ -365,6 +365,15 @@ def home() -> Path:
     return Path(given).resolve() if given else Path(__file__).resolve().parent.parent
 
 
+def check_folder(root: Path) -> None:
+    """Raise StoreError where no local store can lie: SQLAlchemy reads ? and % in a path as parts of a URL, and wants UTF-8."""
+    given = os.fsencode(root).decode(errors="backslashreplace")
+    if set("?%") & set(given) or given != str(root):
+        raise StoreError(
+            f"{given}: no store can be below a folder with ? or % in its name, or a name that isn't UTF-8; rename the folder"
+        )
+
+
 def tracking_server() -> str | None:
     """The MLflow server of MLFLOW_TRACKING_URI, or None for the local store; raises StoreError where it is no http(s) address."""
     given = os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")

@@ -13,8 +13,6 @@ import os
 import re
 import shutil
 import sqlite3
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from fmnist import files, models
 from fmnist import spec as specs
 from fmnist.database import database, prepare, sqlite, told
 from fmnist.errors import StoreError, UserError
@@ -93,6 +92,11 @@ SERVER_ERROR = 500
 UPLOADED = "uploaded"
 """The tag that says how many bytes of its journal a run holds, and their digest."""
 DELETED_REASON = "the run was deleted in MLflow"
+COLUMNS = {
+    "curves.parquet": ["step", "epoch", "elapsed_s", *CURVES],
+    "predictions.parquet": ["split", "index", "label", *(f"logit_{c}" for c in range(10))],
+}
+"""Of a run's tables; all hold numbers but `split`."""
 DATA_URL = "https://github.com/zalandoresearch/fashion-mnist"
 
 
@@ -332,9 +336,10 @@ class Store:
             "model_uuid": model_id,
             "model_id": model_id,
         }
-        with tempfile.TemporaryDirectory() as folder:
-            save_model(module, example, Path(folder) / "model", identity)
-            self.client.log_model_artifacts(model_id, str(Path(folder) / "model"))
+        with files.scratch() as folder:
+            save_model(module, example, folder / "model", identity)
+            self.client.log_model_artifacts(model_id, str(folder / "model"))
+            self.set_tags(run_id, {models.TAG: models.digests(Path(folder) / "model")})
         self.client.finalize_logged_model(model_id, "READY")
         names, linked = _dataset_names(spec), []
         for key, value in metrics.items():
@@ -597,23 +602,61 @@ class Store:
                     raise StoreError(
                         f"run {run_id}: {name} is not as it was recorded, and not usable; restore it or train again"
                     )
+                if name in COLUMNS:
+                    _check_columns(run_id, name, data)
                 digests = json.loads(data) | digests if name == "manifest.json" else digests
                 found[name] = data
             return found
 
-    def load_model(self, uri: str) -> Any:
-        """A logged or registered model, as MLflow's pyfunc."""
-        import mlflow.pyfunc
+    def figures(self, run_id: str) -> dict[str, bytes]:
+        """The pictures that a run's manifest names, by their file names; raises StoreError as `read` does."""
+        manifest = json.loads(self.read(run_id, [])["manifest.json"])
+        names = [name for name in manifest if Path(name).parts[:-1] == ("figures",)]
+        found = self.read(run_id, names)
+        return {Path(name).name: found[name] for name in names}
 
-        mlflow.set_tracking_uri(self.client.tracking_uri)
-        mlflow.set_registry_uri(self.client.tracking_uri)
-        with told(f"{uri} can't be loaded", "see that the store is there and holds its files"):
-            return mlflow.pyfunc.load_model(uri)
+    def model(self, run_id: str, registered: Any = None) -> dict[str, bytes]:
+        """The files of a run's model; raises StoreError where there is none, or one is not as it was recorded, or would run code.
 
-    def model_files(self, model_id: str, folder: Path) -> Path:
-        """A copy below `folder` of a logged model's files, of a store on this machine."""
-        location = self.client.get_logged_model(model_id).artifact_location
-        return Path(shutil.copytree(unquote(location.removeprefix("file://")), folder / "model"))
+        `registered` is a version of it, which must have the same files.
+        """
+        with told(f"run {run_id}: its model can't be read", "see that the store is there"):
+            run = self.client.get_run(run_id)
+            if not run.outputs or not run.outputs.model_outputs:
+                raise StoreError(f"run {run_id} has no model; name another, or train it again")
+            model = self.client.get_logged_model(run.outputs.model_outputs[0].model_id)
+            location = model.artifact_location
+            if registered is not None and location != self.client.get_model_version_download_uri(
+                REGISTERED, registered.version
+            ):
+                raise StoreError(
+                    f"version {registered.version} of {REGISTERED} holds other files than its run {run_id}; promote another run"
+                )
+            whose = f"run {run_id}: its model"
+            return models.verified(
+                run.data.tags.get(models.TAG), lambda name: self._file(location, name), whose
+            )
+
+    def _file(self, location: str, name: str) -> bytes:
+        """A file below an address of artifacts."""
+        if location.startswith("file://"):
+            return (Path(unquote(location.removeprefix("file://"))) / name).read_bytes()
+        from mlflow.artifacts import download_artifacts
+
+        with files.scratch() as folder:
+            found = download_artifacts(
+                artifact_uri=f"{location}/{name}",
+                dst_path=folder,
+                tracking_uri=self.client.tracking_uri,
+            )
+            return Path(found).read_bytes()
+
+    def verify(self, run_id: str) -> None:
+        """Read all that is stored of a run in files; raises StoreError where one is missing or not as it was recorded."""
+        self.read(run_id, json.loads(self.read(run_id, [])["manifest.json"]))
+        outputs = self.client.get_run(run_id).outputs
+        if outputs and outputs.model_outputs:
+            self.model(run_id)
 
     def _artifact(self, info: Any, name: str) -> bytes:
         with told(
@@ -622,8 +665,8 @@ class Store:
         ):
             if (place := _place(info)) is not None:  # MLflow's download takes some 20 ms each
                 return (place / name).read_bytes()
-            with tempfile.TemporaryDirectory() as folder:
-                return self.download(info.run_id, name, Path(folder)).read_bytes()
+            with files.scratch() as folder:
+                return self.download(info.run_id, name, folder).read_bytes()
 
     def artifacts(self, run_id: str, names: Iterable[str], folder: Path) -> None:
         """Copy artifacts of a run, and its manifest, below `folder`; raises StoreError as `read` does, and copies none then."""
@@ -637,6 +680,12 @@ class Store:
             f"run {run_id}: {artifact} can't be read", "where it is lost, restore it or train again"
         ):
             place = _place(self.client.get_run(run_id).info)
+            if place is not None:
+                found = [place / artifact, *(place / artifact).rglob("*")]
+                if links := [path for path in found if path.is_symlink()]:
+                    raise StoreError(
+                        f"run {run_id}: {links[0]} is a symbolic link, which no run records; remove it"
+                    )
             if place is not None and (place / artifact).is_dir():
                 return Path(
                     shutil.copytree(place / artifact, folder / artifact, dirs_exist_ok=True)
@@ -648,6 +697,24 @@ def _place(info: Any) -> Path | None:
     """The folder of a run's artifacts, where that is on this machine."""
     uri = str(info.artifact_uri)
     return Path(unquote(uri.removeprefix("file://"))) if uri.startswith("file://") else None
+
+
+def _check_columns(run_id: str, name: str, data: bytes) -> None:
+    """Raise StoreError where a table has not the columns that are read of it."""
+    import pyarrow.parquet
+    from pyarrow import types
+
+    schema = pyarrow.parquet.read_schema(io.BytesIO(data))
+    numeric = {
+        field.name
+        for field in schema
+        if types.is_integer(field.type) or types.is_floating(field.type)
+    }
+    wrong = {*COLUMNS[name]} - numeric - ({"split"} & {*schema.names})
+    if wrong:
+        raise StoreError(
+            f"run {run_id}: {name} has no numbers in {', '.join(sorted(wrong))}, and not usable; restore it or train again"
+        )
 
 
 def _standard_name(key: str) -> str | None:
@@ -732,80 +799,113 @@ def save_model(
     `example` is uint8 [B, 28, 28] with B above 1, else torch.export would freeze the batch size; `identity` ties it to a run.
     """
     import mlflow.pytorch
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.models import Model
 
-    images, probabilities = (
-        TensorSpec(np.dtype(np.uint8), (-1, 28, 28)),
-        TensorSpec(np.dtype(np.float32), (-1, specs.CLASSES)),
-    )
     requirements = [
         f"{package}=={importlib.metadata.version(package)}"
         for package in ("mlflow", "torch", "numpy")
     ]
-    signature, model = (
-        ModelSignature(Schema([images]), Schema([probabilities])),
-        Model(**(identity or {})),
-    )
     options = {
         "input_example": example,
         "pip_requirements": requirements,
         "serialization_format": "pt2",
     }
-    mlflow.pytorch.save_model(module, path, mlflow_model=model, signature=signature, **options)
+    mlflow.pytorch.save_model(
+        module, path, mlflow_model=Model(**(identity or {})), signature=signature(), **options
+    )
+
+
+def signature() -> Any:
+    """What a model takes and gives: raw images, and a probability for each class."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    images = TensorSpec(np.dtype(np.uint8), (-1, 28, 28))
+    probabilities = TensorSpec(np.dtype(np.float32), (-1, specs.CLASSES))
+    return ModelSignature(Schema([images]), Schema([probabilities]))
 
 
 def champion_uri() -> str:
     return f"models:/{REGISTERED}@{CHAMPION}"
 
 
-def page(experiment_id: str, run_id: str = "", port: int = 5000) -> str:
-    """Where a run, or all of an experiment, is seen: on the server, or on the one that `make ui` starts."""
+def page(experiment_id: str, run_id: str = "", port: int = 5000, key: str = "") -> str:
+    """Where a run, or all of an experiment, is seen: on the server, or on the one that `make ui` starts and opens with a key."""
     server = specs.redacted(specs.tracking_server() or f"http://127.0.0.1:{port}")
     place = f"/{run_id}?" if run_id else f"?viewStateShareKey={VIEW}&"
     # Without the type MLflow's pages open as for language models, with no run's metrics in sight.
-    return f"{server}/#/experiments/{experiment_id}/runs{place}workflowType=machine_learning"
+    door = f"?key={key}" if key else ""
+    return f"{server}/{door}#/experiments/{experiment_id}/runs{place}workflowType=machine_learning"
 
 
-def server_command(root: Path, port: int) -> list[str]:
-    """The command of `make ui`: this machine only, explicit hosts and origins, no proxied writes to artifacts."""
-    here = f"127.0.0.1:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri(root)]
-    command += [
-        "--default-artifact-root",
-        str(root / "mlruns" / "artifacts"),
-        "--no-serve-artifacts",
-    ]
-    command += [
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-        "--x-frame-options",
-        "DENY",
-    ]
-    return [
-        *command,
-        "--allowed-hosts",
-        f"{here},localhost:{port}",
-        "--cors-allowed-origins",
-        f"http://{here}",
-    ]
+def pages(root: Path, hosts: Sequence[str]) -> Any:
+    """MLflow's server of the local store as an ASGI application, for these addresses only.
+
+    It has no access check of its own, and takes uploads of artifacts even where it serves none.
+    """
+    os.environ.update(SETTINGS)
+    os.environ |= {
+        "MLFLOW_TRACKING_URI": uri(root),
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(hosts),
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(f"http://{host}" for host in hosts),
+        "MLFLOW_SERVER_X_FRAME_OPTIONS": "DENY",
+    }
+    from mlflow.server import constants
+
+    os.environ[constants.BACKEND_STORE_URI_ENV_VAR] = uri(root)
+    os.environ[constants.ARTIFACT_ROOT_ENV_VAR] = str(root / "mlruns" / "artifacts")
+    from mlflow.server.fastapi_app import app
+
+    return app
 
 
-def model_server_command(model: str, port: int) -> list[str]:
-    """The command of `make serve`: in this environment, on this machine only."""
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "models",
-        "serve",
-        "--model-uri",
-        model,
-        "--env-manager",
-        "local",
-    ]
-    return [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+class Served:
+    """A model as MLflow's model server asks it."""
+
+    metadata = None
+
+    def __init__(self, program: Callable[[np.ndarray], np.ndarray]) -> None:
+        self.program = program
+
+    def predict(self, data: Any) -> np.ndarray:
+        from mlflow.exceptions import MlflowException
+
+        if getattr(data, "dtype", None) != np.uint8 or data.shape[1:] != (28, 28):
+            raise MlflowException.invalid_parameter_value(
+                'give images as JSON: {"inputs": [[[0, ...], ...]]}, 28 x 28 pixels each, 0 to 255'
+            )
+        return self.program(data)
+
+
+def scoring(program: Callable[[np.ndarray], np.ndarray]) -> Any:
+    """An ASGI application that answers by the protocol of MLflow's model server; what it says of errors holds no stack trace."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.pyfunc import scoring_server
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, PlainTextResponse, Response
+    from starlette.routing import Route
+
+    async def ping(request: Request) -> Response:
+        return PlainTextResponse("\n")
+
+    async def invocations(request: Request) -> Response:
+        body, kind = await request.body(), request.headers.get("content-type", "")
+        schema = signature().inputs
+        try:
+            found = await run_in_threadpool(
+                scoring_server.invocations, body, kind, Served(program), schema
+            )
+        except MlflowException as error:
+            told = {"error_code": error.error_code, "message": error.message}
+            return JSONResponse(told, error.get_http_status_code())
+        return Response(found.response, found.status, media_type=found.mimetype)
+
+    return Starlette(
+        routes=[
+            Route("/ping", ping),
+            Route("/health", ping),
+            Route("/invocations", invocations, methods=["POST"]),
+        ]
+    )

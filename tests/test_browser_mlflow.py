@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -201,6 +202,33 @@ def test_a_run_tells_its_result_and_links_data_model_and_group(
     for seed in range(3):
         expect(page.get_by_role("link", name=f"{SLOW_LABEL} s{seed}")).to_be_visible()
     shoot(page, "mlflow-group")
+
+
+def test_a_run_is_renamed_and_deleted_in_the_list(
+    browser: Browser, recorded: Path, runs: pd.DataFrame, tmp_path: Path
+) -> None:
+    home, name = tmp_path / "home", "baseline epochs=1 batch_size=2000 eval_every=10"
+    shutil.copytree(recorded, home, symlinks=True)
+    with served(home) as link, open_page(browser, PREPARE) as page:
+        refused = list[str]()
+        page.on(
+            "response",
+            lambda answer: refused.append(answer.url) if answer.status == 403 else None,
+        )
+        page.goto(link)
+        row(page, name).get_by_role("checkbox").first.check()
+        page.get_by_test_id("run-rename-button").click()
+        page.get_by_role("dialog").get_by_role("textbox").fill("renamed here")
+        page.get_by_role("dialog").get_by_role("button", name="Save").click()
+        expect(row(page, "renamed here")).to_be_visible()
+        row(page, "renamed here").get_by_role("checkbox").first.check()
+        page.get_by_test_id("runs-delete-button").click()
+        page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+        expect(row(page, "renamed here")).to_be_hidden()
+        assert page.evaluate("window.alerts") == []
+        assert refused == []
+    run = tracking.connect(home).client.get_run(runs["run_id"][name])
+    assert (run.info.run_name, run.info.lifecycle_stage) == ("renamed here", "deleted")
 
 
 def test_what_a_page_complains_of_is_noticed(browser: Browser, link: str) -> None:

@@ -344,6 +344,7 @@ def test_importing_prints_nothing_and_only_what_trains_imports_torch() -> None:
         "doctor",
         "engine",
         "environment",
+        "exported",
         "fused",
         "kernels",
         "model",

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import FAST_LABEL, HELD_OUT, QUICK, SLOW_LABEL, command, stop_sidecar, sync, train
+from ruamel.yaml import YAML
 
-from fmnist import api, groups, tracking
+from fmnist import api, doctor, groups, models, serving, tracking
 from fmnist.errors import UserError
 from fmnist.promotion import promote, roll_back
 
@@ -318,6 +319,155 @@ def test_the_champion_is_the_runs_model(place: Path) -> None:
     np.testing.assert_array_equal(
         mlflow.pyfunc.load_model(tracking.champion_uri()).predict(images), expected
     )
+
+
+def model_folder(store: tracking.Store, run_id: str) -> Path:
+    [output] = store.client.get_run(run_id).outputs.model_outputs
+    location = store.client.get_logged_model(output.model_id).artifact_location
+    return Path(location.removeprefix("file://"))
+
+
+def artifacts_folder(store: tracking.Store, run_id: str) -> Path:
+    return Path(store.client.get_run(run_id).info.artifact_uri.removeprefix("file://"))
+
+
+PLANTED = {
+    "a loader of its own": {"loader_module": "planted", "code": "code"},
+    "code": {"code": "code"},
+    "a model path": {"model_code_path": "planted.py"},
+    "a pickled model": {"python_model": "python_model.pkl"},
+}
+
+
+def plant(folder: Path, change: dict[str, str], bait: Path) -> str:
+    """Have a model's description name code that makes a folder; the checksums that fit the description."""
+    described = YAML(typ="safe").load(folder / "MLmodel")
+    described["flavors"]["python_function"] |= change
+    YAML(typ="safe").dump(described, folder / "MLmodel")
+    noted = models.digests(folder)
+    (folder / "code").mkdir(exist_ok=True)
+    (folder / "code" / "planted.py").write_text(f"import os; os.mkdir({str(bait)!r})")
+    return noted
+
+
+def uses(store: tracking.Store, run_id: str) -> list[Callable[[], object]]:
+    """All that load the model of version 1: as a run's and as the champion's, to be promoted and to come back."""
+
+    def champions() -> None:
+        store.make_champion("1")
+        try:
+            serving.model(store, "champion")
+        finally:
+            store.make_champion("2")
+
+    return [
+        lambda: serving.model(store, run_id),
+        champions,
+        lambda: promote(store, run_id, "a drill"),
+        lambda: roll_back(store),
+    ]
+
+
+@pytest.fixture
+def replaced(place: Path) -> tuple[tracking.Store, str]:
+    """A store, and a run whose model was champion before another one's."""
+    store = tracking.connect(place)
+    slow, fast = (members(store, label)["run_id"].iloc[0] for label in (SLOW_LABEL, FAST_LABEL))
+    promote(store, slow)
+    promote(store, fast, "a drill")
+    return store, slow
+
+
+def test_no_description_of_a_model_runs_code(
+    replaced: tuple[tracking.Store, str], tmp_path: Path
+) -> None:
+    store, run_id = replaced
+    folder, bait = model_folder(store, run_id), tmp_path / "sprung"
+    whole = (folder / "MLmodel").read_bytes()
+    for what, change in PLANTED.items():
+        noted = plant(folder, change, bait)
+        store.set_tags(run_id, {models.TAG: noted})  # as who may write the record could
+        for use in uses(store, run_id):
+            with pytest.raises(UserError, match="would run code of the model's own") as error:
+                use()
+            assert "\n" not in str(error.value), what
+        (folder / "MLmodel").write_bytes(whole)
+        shutil.rmtree(folder / "code")
+    assert not bait.exists()
+
+
+def test_no_damaged_model_is_used(replaced: tuple[tracking.Store, str]) -> None:
+    store, run_id = replaced
+    folder = model_folder(store, run_id)
+    _, program = serving.model(store, run_id)
+    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28), np.uint8)
+    expected = program(images)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert {str(path.relative_to(folder)) for path in files} == models.FILES
+    for path in files:
+        whole = path.read_bytes()
+        places = [*range(0, len(whole), max(1, len(whole) // 10))]
+        for at in places if path.name == "model.pt2" else places[:2]:
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+            for use in uses(store, run_id):
+                with pytest.raises(UserError, match="is not as it was recorded") as error:
+                    use()
+                assert f"run {run_id}: its model: " in str(error.value)
+        path.unlink()
+        with pytest.raises(UserError, match="its model can't be read"):
+            serving.model(store, run_id)
+        path.write_bytes(whole)
+    np.testing.assert_array_equal(serving.model(store, run_id)[1](images), expected)
+
+
+def test_the_doctor_looks_into_every_file(place: Path) -> None:
+    def told() -> list[doctor.Finding]:
+        found = list(doctor.findings(place, deep=True))
+        return [each for each in found if each.what.startswith(("store: run", "store: artifacts"))]
+
+    assert [each.what for each in told()] == [
+        "store: artifacts and model of 9 runs, SHA-256 as recorded"
+    ]
+    store = tracking.connect(place)
+    one, two, three = members(store, SLOW_LABEL)["run_id"]
+    for path in (
+        model_folder(store, one) / "data" / "model.pt2",
+        artifacts_folder(store, two) / "figures" / "learning_curves.png",
+    ):
+        path.write_bytes(path.read_bytes()[:-1])
+    (artifacts_folder(store, three) / "spec.yaml").unlink()
+    *wrong, right = told()
+    assert sorted(each.what for each in wrong) == sorted(
+        [
+            f"store: run {one}: its model: data/model.pt2 is not as it was recorded",
+            f"store: run {two}: figures/learning_curves.png is not as it was recorded, and not usable",
+            next(each.what for each in wrong if "spec.yaml can't be read" in each.what),
+        ]
+    )
+    assert all(each.remedy for each in wrong)
+    assert right.what == "store: artifacts and model of 6 runs, SHA-256 as recorded"
+    assert command(place, "doctor", "--deep").returncode == 1
+
+
+def test_a_model_of_another_run_is_not_taken_for_its_own(
+    replaced: tuple[tracking.Store, str],
+) -> None:
+    store, run_id = replaced
+    other = members(store, FAST_LABEL)["run_id"].iloc[0]
+    copied = (model_folder(store, other) / "data" / "model.pt2").read_bytes()
+    (model_folder(store, run_id) / "data" / "model.pt2").write_bytes(copied)
+    with pytest.raises(UserError, match=r"model\.pt2 is not as it was recorded"):
+        serving.model(store, run_id)
+    location = store.client.get_logged_model(
+        store.client.get_run(other).outputs.model_outputs[0].model_id
+    ).artifact_location
+    made = store.client.create_model_version("fmnist", location, run_id)
+    store.make_champion(made.version)
+    with pytest.raises(UserError, match="holds other files than its run"):
+        serving.model(store, "champion")
+    store.client.delete_tag(other, models.TAG)
+    with pytest.raises(UserError, match="has no checksums, so it is not used"):
+        serving.model(store, other)
 
 
 def test_what_can_not_be_promoted_is_told_in_a_line(place: Path) -> None:

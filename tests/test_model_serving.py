@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -42,6 +43,17 @@ for n in (1, 3, 257, len(images)):
 np.savez(sys.argv[4], **parts)
 """
 )
+STRANGE = [
+    ("text/csv", b'a,b\n1,"2'),
+    ("text/csv", b"a,b\n1,2\n"),
+    ("application/vnd.apache.parquet", b"nonsense"),
+    ("application/json", b'{"inputs": [[[1, 2], [3, 4]]]}'),
+    ("application/json", b'{"inputs": "text"}'),
+    ("application/json", b'{"inputs": []}'),
+    ("application/json", b"nonsense"),
+    ("nonsense", b""),
+]
+"""Requests that the model server can't answer."""
 SAFE = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
@@ -138,7 +150,7 @@ def test_predict_names_the_class_of_each_picture(
 def test_serve_answers_over_http_until_its_command_is_ended(
     logged: tuple[Path, str, np.ndarray],
 ) -> None:
-    home, model, expected = logged
+    home, _, expected = logged
     port, run_id = free_port(), tracking.connect(home).runs()["run_id"].iloc[0]
     here = str(Path(sys.executable).parent)
     path = os.pathsep.join(
@@ -154,9 +166,9 @@ def test_serve_answers_over_http_until_its_command_is_ended(
     )
     try:
         said = server.stdout.readline()
-        assert said.startswith(f"{model} answers at http://127.0.0.1:{port}/invocations"), (
-            server.communicate(timeout=30)[1]
-        )
+        assert said.startswith(
+            f"the model of run {run_id} answers at http://127.0.0.1:{port}/invocations"
+        ), server.communicate(timeout=30)[1]
         body = json.dumps({"inputs": data.raw_images(home, 3).tolist()}).encode()
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"}
@@ -164,6 +176,17 @@ def test_serve_answers_over_http_until_its_command_is_ended(
         with urllib.request.urlopen(request, timeout=30) as response:
             answer = json.load(response)
         assert np.allclose(answer["predictions"], expected[:3], atol=1e-5)
+        for kind, body in STRANGE:
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": kind}
+            )
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(request, timeout=30)
+            told = refused.value.read().decode()
+            assert 400 <= refused.value.code < 500, (kind, told)
+            assert "Traceback" not in told
+            assert sys.prefix not in told
+            assert "site-packages" not in told
         assert (
             subprocess.run(
                 [*command[:-1], str(port)],

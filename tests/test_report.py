@@ -1,5 +1,6 @@
 """The report, of real runs in a real store: what it says, what it leaves out, and that it says so."""
 
+import hashlib
 import html
 import json
 import re
@@ -15,7 +16,7 @@ from matplotlib import image as images
 
 from fmnist import compare, experiments, plots, readme, tracking
 from fmnist import report as reports
-from fmnist.errors import UserError
+from fmnist.errors import StoreError, UserError
 
 TINY = """\
 # Question: Is it small?
@@ -237,6 +238,67 @@ def test_figures_are_drawn_and_the_runs_own_are_copied(recorded: Recorded) -> No
     )
 
 
+def test_only_recorded_figures_are_copied(recorded: Recorded, tmp_path: Path) -> None:
+    store, secret = recorded.store, tmp_path / "secret.png"
+    secret.write_bytes(b"secret")
+    folder = Path(store.client.get_run(recorded.slow).info.artifact_uri.removeprefix("file://"))
+    own = folder / "figures" / "learning_curves.png"
+    whole = own.read_bytes()
+    planted = folder / "figures" / "planted.png"
+    planted.symlink_to(secret)
+    try:
+        report, _ = recorded.write(tmp_path / "planted", recorded.slow)
+        assert "planted.png" not in {path.name for path in report.files}
+        assert "learning_curves.png" in {path.name for path in report.files}
+        with pytest.raises(StoreError, match=r"planted\.png is a symbolic link"):
+            store.download(recorded.slow, "figures", tmp_path / "download")
+        own.unlink()
+        own.symlink_to(secret)
+        report, _ = recorded.write(tmp_path / "replaced", recorded.slow)
+        assert [note for note in report.notes if "learning_curves.png is not as it was" in note]
+    finally:
+        planted.unlink()
+        own.unlink(missing_ok=True)
+        own.write_bytes(whole)
+    copied = [path for path in tmp_path.rglob("*") if path.is_file() and path != secret]
+    assert not [path for path in copied if path.read_bytes() == b"secret"]
+
+
+@pytest.mark.parametrize("name", ["curves.parquet", "predictions.parquet"])
+def test_a_table_with_other_columns_is_told_in_one_line(
+    name: str, recorded: Recorded, tmp_path: Path
+) -> None:
+    store, run_id = recorded.store, recorded.slow
+    folder = Path(store.client.get_run(run_id).info.artifact_uri.removeprefix("file://"))
+    kept = {path: path.read_bytes() for path in (folder / name, folder / "manifest.json")}
+    tag = store.client.get_run(run_id).data.tags["manifest_sha256"]
+    whole = pd.read_parquet(folder / name)
+    try:
+        for frame in (
+            pd.DataFrame({"other": [1]}),
+            whole.drop(columns=whole.columns[-1]),
+            whole.astype({whole.columns[-1]: str}),
+        ):
+            frame.to_parquet(folder / name)
+            manifest = json.loads(kept[folder / "manifest.json"])
+            manifest[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+            digest = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+            store.set_tags(run_id, {"manifest_sha256": digest})
+            report, _ = recorded.write(tmp_path / "report", run_id)
+            [note] = [note for note in report.notes if f"{name} has no numbers in" in note]
+            assert "\n" not in note
+            for arguments in (("compare", run_id, recorded.fast[0]), ("extend", run_id)):
+                more = ("--epochs", "3") if arguments[0] == "extend" else ()
+                result = command(recorded.home, *arguments, *more)
+                assert "Traceback" not in result.stderr
+                assert result.returncode == 2 or name not in result.stderr
+    finally:
+        for path, content in kept.items():
+            path.write_bytes(content)
+        store.set_tags(run_id, {"manifest_sha256": tag})
+
+
 def test_response_is_drawn_where_one_number_differs(recorded: Recorded, tmp_path: Path) -> None:
     report, page = recorded.write(tmp_path, *recorded.tiny, *recorded.fast)
     assert tmp_path / "response.png" in report.files
@@ -264,6 +326,46 @@ def test_named_runs_alone_the_first_is_the_reference(recorded: Recorded, tmp_pat
 
 
 # ---- what needs care
+
+
+EVIL = "evil\x1b[2J\x1b]0;x\x07\x9b31m\r\x08\x7f\u202e[red]é"
+
+
+def test_no_name_of_a_run_reaches_a_terminal_as_it_is(recorded: Recorded) -> None:
+    store, run_id = recorded.store, recorded.slow
+    before = store.client.get_run(run_id).info.run_name
+    store.client.update_run(run_id, name=EVIL)
+    store.client.set_tag(recorded.running, "mlflow.runName", EVIL)
+    try:
+        for arguments in (
+            ("runs",),
+            ("runs", "--json"),
+            ("report", run_id),
+            ("report", run_id, "--json"),
+            ("compare", run_id, recorded.fast[0]),
+            ("compare", run_id, recorded.fast[0], "--json"),
+            ("compare", "nonsense", run_id),
+            ("predict", run_id, "no.png"),
+            ("promote", run_id, "--because", EVIL),
+            ("promote", "evil"),
+            ("doctor",),
+        ):
+            result = command(recorded.home, *arguments)
+            said = result.stdout + result.stderr
+            obeyed = {letter for letter in said if not letter.isprintable()} - {"\n"}
+            assert not obeyed, (
+                arguments,
+                [ascii(line) for line in said.splitlines() if not line.isprintable()],
+            )
+            if arguments[0] == "runs":
+                assert "evil\\u001b[2J" in said
+                assert "\\u009b31m" in said
+                assert "[red]é" in said
+            if arguments == ("runs", "--json"):
+                assert EVIL in {row["name"] for row in json.loads(result.stdout)["runs"]}
+    finally:
+        store.client.update_run(run_id, name=before)
+        store.client.set_tag(recorded.running, "mlflow.runName", "tiny s9")
 
 
 def test_empty_store_is_told_of(home: Path, with_store: None, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import LONG, SMALL, Fmnist, free_port, start, stored_steps, trained, wait_for
+from PIL import Image
 
 from fmnist import journal, sidecar, state, tracking
 from fmnist import spec as specs
@@ -79,6 +80,22 @@ def test_run_on_a_server(fmnist: Fmnist, home: Path, tmp_path: Path) -> None:
         assert [row["last val acc"] for row in report["runs"]] == [
             f"{outcome['metrics']['last/val_accuracy']:.4f}"
         ]
+        Image.new("L", (28, 28)).save(tmp_path / "x.png")
+        for arguments in (
+            ("promote", outcome["run_id"], "--because", "a drill"),
+            ("predict", outcome["run_id"], str(tmp_path / "x.png")),
+            ("predict", "champion", str(tmp_path / "x.png")),
+        ):
+            used = fmnist(*arguments, MLFLOW_TRACKING_URI=uri)
+            assert used.returncode == 0, used.stderr
+        assert "model of 1 runs" in fmnist("doctor", "--deep", MLFLOW_TRACKING_URI=uri).stdout
+        [program] = (tmp_path / "kept").rglob("model.pt2")
+        program.write_bytes(program.read_bytes()[:-1] + b"x")
+        used = fmnist(*arguments, MLFLOW_TRACKING_URI=uri)
+        assert (used.returncode, used.stderr) == (
+            2,
+            f"fmnist: run {outcome['run_id']}: its model: data/model.pt2 is not as it was recorded; restore it from a copy or train again\n",
+        )
         assert fmnist(*SMALL, "--no-sync", MLFLOW_TRACKING_URI=with_password).returncode == 0
     finally:
         server.terminate()

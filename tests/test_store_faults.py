@@ -198,12 +198,28 @@ def test_report_of_a_moved_folder(recorded: Recorded, place: Path) -> None:
 
 
 def test_a_folder_whose_name_would_lead_sqlalchemy_elsewhere_is_refused(tmp_path: Path) -> None:
-    for name in ("what?", "50%25"):
+    names = ["50%25", "what?", os.fsdecode(b"latin-\xfc")]
+    for name in names:
         (tmp_path / name).mkdir()
         assert "rename the folder" in refused(
             lambda name=name: tracking.connect(tmp_path / name, create=True)
         )
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["50%25", "what?"]
+    assert {path.name for path in tmp_path.rglob("*")} == {*names}
+
+
+def test_such_a_folder_is_refused_before_the_training(tmp_path: Path) -> None:
+    for name in ("50%25", "what?", os.fsdecode(b"latin-\xfc"), "it's"):
+        (tmp_path / name).mkdir()
+        home = make_home(tmp_path / name)
+        run = ("run", "baseline", "-s", "train.epochs=1", "-s", "train.batch_size=2000")
+        result = command(home, *run)
+        if name == "it's":
+            assert result.returncode == 0, result.stderr
+            stop_sidecar(home)
+        else:
+            assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+            assert "rename the folder" in result.stderr
+            assert not list((home / "mlruns").glob("state/*"))
 
 
 # ---- of no use

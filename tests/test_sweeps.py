@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jsonschema
+import optuna
 import pytest
 from conftest import REPOSITORY, Fmnist
 from ruamel.yaml import YAML
@@ -214,6 +215,24 @@ def test_showing_a_search_writes_nothing(fmnist: Fmnist, home: Path) -> None:
     ]
     assert (home / "mlruns" / "searches.db").read_bytes() == before
     assert study.settled() == []
+
+
+def test_a_file_of_searches_of_no_use_is_told_in_one_line(fmnist: Fmnist, home: Path) -> None:
+    assert fmnist("show", "search-recipe").returncode == 0
+    path = home / "mlruns" / "searches.db"
+    path.parent.mkdir(exist_ok=True)
+    optuna.storages.RDBStorage(f"sqlite:///{path}")
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    for page in range(2, len(whole) // 4096):
+        damaged[page * 4096 : page * 4096 + 200] = bytes(200)
+    for content in (b"hello\n" * 1000, b"nonsense", whole[: len(whole) // 2], bytes(damaged)):
+        path.write_bytes(content)
+        for arguments in (("show", "search-recipe"), ("sweep", "search-recipe")):
+            result = fmnist(*arguments)
+            assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+            assert f"{path} can't be used" in result.stderr
+        assert path.read_bytes() == content
 
 
 def test_a_trial_that_is_far_below_the_others_is_pruned(home: Path) -> None:
