@@ -182,10 +182,10 @@ def _compare_batch(trained: engines.Engine, reference: engines.Engine, step: int
 def _compare_step(trained: engines.Engine, reference: engines.Engine, step: int) -> float:
     """The largest error of one step's logits and gradients; both do its update."""
     before = [tensor.clone() for tensor in trained.changing]
-    batch, expected = trained.gradients(step), reference.gradients(step)
+    logits, _ = trained.gradients(step)
+    expected, targets = reference.gradients(step)
     allowed = LOGITS[trained.precision]
-    logits = batch.logits.cpu()
-    error = _require(f"the logits of step {step}", logits, expected.logits, allowed)
+    error = _require(f"the logits of step {step}", logits.cpu(), expected, allowed)
     gradients = trained.update.gradients.clone().cpu()
     wanted = reference.update.gradients.clone()
     reference.update.gradients.copy_(gradients)
@@ -195,7 +195,7 @@ def _compare_step(trained: engines.Engine, reference: engines.Engine, step: int)
         tensor.copy_(saved)
     trained.step = step - 1
     losses = torch.tensor([curves.loss[0] for curves in trained.train(step)])
-    _require(f"the losses of step {step}", losses, _losses(expected), allowed)
+    _require(f"the losses of step {step}", losses, _losses(expected, targets), allowed)
     names = ("parameters", *trained.update.buffers)
     triples = zip(names, _updated(trained), _updated(reference), reference_before, strict=True)
     for name, found, target, start in triples:
@@ -205,9 +205,9 @@ def _compare_step(trained: engines.Engine, reference: engines.Engine, step: int)
     return max(error, _require(what, gradients, wanted, allowed, WrongGradients))
 
 
-def _losses(batch: engines.Batch) -> Tensor:
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     """[K] the mean cross-entropies of a batch."""
-    pairs = zip(batch.logits, batch.targets, strict=True)
+    pairs = zip(logits, targets, strict=True)
     return torch.stack([functional.cross_entropy(*pair) for pair in pairs])
 
 

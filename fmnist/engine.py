@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -103,24 +103,6 @@ def stack_size(compute: specs.Compute, device: torch.device) -> int:
     if isinstance(compute.stack, int):
         return compute.stack
     return CUDA_STACK if compute.stack == "auto" and device.type == "cuda" else 1
-
-
-class Batch(NamedTuple):
-    """What a step reads, and the logits that it writes."""
-
-    rows: Tensor
-    """[K, B] int64: the images."""
-    targets: Tensor
-    """[K, B, C]: one-hot labels."""
-    logits: Tensor
-    """[K, B, C]."""
-
-    @classmethod
-    def of(cls, rows: Tensor, targets: Tensor, logits: Tensor, size: int, full: int) -> "Batch":
-        """Take the first `size` of the `full` images that there is room for."""
-        if size == full:
-            return cls(rows, targets, logits)
-        return cls(rows[:, :size], targets[:, :size], logits[:, :size])
 
 
 class Engine:
@@ -240,14 +222,19 @@ class Engine:
         loss, accuracy = _measure(steps.logits, labels, sizes)
         return [Curves(loss[:, k], accuracy[:, k], rates[:, k]) for k in range(len(self.specs))]
 
-    def gradients(self, step: int) -> Batch:
-        """Compute the gradients of one step's batch, into update.gradients, and no update; returns it with its logits."""
+    def gradients(self, step: int) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of one step's batch, into update.gradients, and no update; returns its logits and targets [K, B, C]."""
         steps, _, [size] = self._gather(step, step, self._learning_rates(step, step))
-        batch = Batch.of(steps.rows[0], steps.targets[0], steps.logits[0], size, self.batch)
+        rows, targets, logits = _shortened(steps.rows[0], steps.targets[0], steps.logits[0], size)
         with self._arithmetic(), torch.inference_mode(self.explicit):
-            for _ in self._differentiate(batch):
-                pass  # each is a block whose gradient is done
-        return batch
+            self.update.prepare()
+            if self._fused:
+                blocks = self._fused[size].gradients(rows, targets, logits)
+            else:
+                blocks = self._differentiate(rows.flatten(), targets, logits, size)
+            for _ in blocks:
+                pass  # each is done by then
+        return logits, targets
 
     def apply(self, step: int) -> None:
         """Update the parameters with the gradients that there are, as this step does."""
@@ -285,33 +272,41 @@ class Engine:
 
     def _loop(self, steps: Steps, sizes: Sequence[int]) -> None:
         """Do steps one after the other."""
-        each = zip(
-            steps.rows.unbind(),
-            steps.targets.unbind(),
-            steps.logits.unbind(),
-            sizes,
-            steps.coefficients.unbind(),
-            strict=True,
-        )
-        for rows, targets, logits, size, coefficients in each:
-            batch = Batch.of(rows, targets, logits, size, self.batch)
-            numbers = coefficients.unbind()
-            if self._fused and self.update.plain:
-                self.update.prepare()
-                self._fused[size].step(*batch, numbers[0])
-            else:
-                for block in self._differentiate(batch):
-                    self.update(numbers, block)
-
-    def _differentiate(self, batch: Batch) -> Iterator[int]:
-        """Compute the gradients of a batch; yields each block of the update as it is done."""
-        size = batch.rows.shape[1]
-        self.update.prepare()
         if self._fused:
-            return self._fused[size].gradients(*batch)
-        images = self.dataset.train.images
-        torch.index_select(images, 0, batch.rows.flatten(), out=self.inputs[size])
-        return self.passes[size](batch.targets, batch.logits)
+            self._fused_loop(steps, sizes)
+            return
+        # flat and cut up before: what is done for each step again costs as much as a small operation
+        rows, tensors = steps.rows.flatten(1), (steps.targets.unbind(), steps.logits.unbind())
+        numbers = [coefficients.unbind() for coefficients in steps.coefficients.unbind()]
+        for row, targets, logits, size, number in zip(
+            rows.unbind(), *tensors, sizes, numbers, strict=True
+        ):
+            if size < self.batch:
+                shape = (-1, self.batch)
+                row, targets, logits = _shortened(row.view(shape), targets, logits, size)
+                row = row.flatten()
+            self.update.prepare()
+            for block in self._differentiate(row, targets, logits, size):
+                self.update(number, block)
+
+    def _fused_loop(self, steps: Steps, sizes: Sequence[int]) -> None:
+        tensors = (steps.rows.unbind(), steps.targets.unbind(), steps.logits.unbind())
+        each = zip(*tensors, sizes, steps.coefficients.unbind(), strict=True)
+        for rows, targets, logits, size, numbers in each:
+            rows, targets, logits = _shortened(rows, targets, logits, size)
+            self.update.prepare()
+            if self.update.plain:
+                self._fused[size].step(rows, targets, logits, numbers[0])
+            else:
+                for block in self._fused[size].gradients(rows, targets, logits):
+                    self.update(numbers.unbind(), block)
+
+    def _differentiate(
+        self, rows: Tensor, targets: Tensor, logits: Tensor, size: int
+    ) -> Iterator[int]:
+        """Compute the gradients of the images `rows` [K * B]; yields each block of the update as it is done."""
+        torch.index_select(self.dataset.train.images, 0, rows, out=self.inputs[size])
+        return self.passes[size](targets, logits)
 
     @torch.no_grad()
     def evaluate(self, split: data.Split, member: int = 0) -> Evaluation:
@@ -459,6 +454,13 @@ def _autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(
         device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
     )
+
+
+def _shortened(
+    rows: Tensor, targets: Tensor, logits: Tensor, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first `size` images of a batch [K, B] for which there may be room for more."""
+    return rows[:, :size], targets[:, :size], logits[:, :size]
 
 
 def _padded(rows: Tensor) -> Tensor:
