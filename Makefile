@@ -87,8 +87,8 @@ bench-record: data  ## what recording costs: a run beside the same with --no-syn
 .venv-bench: data
 	@$(PYTHON) tools/bootstrap.py .venv-bench requirements-bench.lock
 
-soak: data  ## 300 kill -9s, server outages and a crowd of runs, every result compared; most of an hour (SHORT=1: minutes)
-	@.venv/bin/python benchmarks/survival.py $(if $(SHORT),--kills 15 --per-phase 2)
+soak: data  ## 300 kill -9s, restored and copied stores, flipped bits, outages, a crowd: every result compared; most of an hour (SHORT=1: minutes)
+	@.venv/bin/python benchmarks/survival.py $(if $(SHORT),--kills 15 --per-phase 2 --harms 1)
 	@.venv/bin/python benchmarks/outages.py $(if $(SHORT),--repeats 1 --set train.epochs=8)
 
 lock: setup  ## compile the lock files anew from pyproject.toml (needs uv)
