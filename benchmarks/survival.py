@@ -272,15 +272,23 @@ def faults(found: dict[str, object], whole: dict[str, object]) -> list[str]:
 # ---- other harm
 
 
-def interrupted(home: Home) -> StateFolder:
-    """A run that was killed midway, and no process at work on it."""
+def interrupted(
+    home: Home, known: set[str], prepare: Callable[[], object] = lambda: None
+) -> StateFolder:
+    """A run that was killed midway, and no process at work on it; `prepare` is done before it begins.
+
+    Runs that end before they are killed are recorded, and become `known`.
+    """
     for _ in range(20):
+        prepare()
         began, trainer = time.time(), home.start()
         kill_in(home, "segment", trainer, began)
         trainer.wait()
         end_uploader(home)
         if (folder := home.state()) is not None and folder.resumable:
             return folder
+        sync()
+        known |= set(tracking.connect(home.folder).runs(status=None)["run_id"])
     raise AssertionError("no run was killed midway in 20 tries")
 
 
@@ -341,9 +349,12 @@ def new_run(home: Home, known: set[str], whole: dict[str, object]) -> list[str]:
 def put_back(home: Home, known: set[str], whole: dict[str, object]) -> list[str]:
     """Put the database back from a copy that was made before the run, then go on with it."""
     before, database = home.folder / "before.db", tracking.database(home.folder)
-    before.unlink(missing_ok=True)
-    back_up(database, before)
-    folder = interrupted(home)
+
+    def copy() -> None:
+        before.unlink(missing_ok=True)
+        back_up(database, before)
+
+    folder = interrupted(home, known, copy)
     points = journalled(folder)
     if home.random.random() < 0.5:
         back_up(before, database)
@@ -366,7 +377,7 @@ def back_up(source: Path, target: Path) -> None:
 
 def copy_home(home: Home, known: set[str], whole: dict[str, object]) -> list[str]:
     """Copy the home of an interrupted run, and go on in both."""
-    interrupted(home)
+    interrupted(home, known)
     copied = copy_of(home)
     try:
         wrong = [f"in the copy: {each}" for each in new_run(copied, known, whole)]
@@ -381,7 +392,7 @@ def flip(home: Home, known: set[str], whole: dict[str, object]) -> list[str]:
     """Flip a bit in each file of a copied state folder in turn, and have the same command and `sync` meet it."""
     if complete := home.random.random() < 0.5:
         home.start("--no-sync").wait()
-    folder = home.state() if complete else interrupted(home)
+    folder = home.state() if complete else interrupted(home, known)
     assert folder is not None
     points, wrong = journalled(folder), []
     for name in sorted(path.name for path in folder.path.iterdir() if path.stat().st_size):
