@@ -1,19 +1,23 @@
 """Prove and measure training on a CUDA device: one script, at most seven minutes.
 
-    make bench-gpu                              # or, without installing anything: PYTHONPATH=. python benchmarks/gpu.py
+    make bench-gpu
+    PYTHONPATH=. python benchmarks/gpu.py       # the same, without installing anything
     PYTHONPATH=. python benchmarks/gpu.py --only steps stacks
 
-Each part is a process of its own with a time limit; what it finds is printed at once, a JSON line for each figure, and all of it
-again as a table at the end. A part that fails is told, and the next one starts. Exit 1 if a part failed.
+Each part is a process of its own with a time limit; what it finds is printed at once, a JSON line
+for each figure, and all of it again as a table at the end. A part that fails is told, and the next
+one starts. Exit 1 if a part failed.
 
-It needs torch (2.10 or newer), numpy, pandas, pydantic, ruamel.yaml, typer and rich, and of the repository the package, tests/,
-experiments/ and data/ (55 MB; `make data`); for the part `tests` also pytest, scikit-learn, scipy, matplotlib and pillow, for `jax`
-JAX with its CUDA plugin. No MLflow. Python 3.11 to 3.13. Where a machine has no network, carry wheels of pydantic, pydantic_core,
-annotated_types, typing_inspection and ruamel.yaml.
+It needs torch (2.10 or newer), numpy, pandas, pydantic, ruamel.yaml, typer and rich, and of the
+repository the package, tests/, experiments/ and data/ (55 MB; `make data`); for the part `tests`
+also pytest, scikit-learn, scipy, matplotlib and pillow, for `jax` JAX with its CUDA plugin. No
+MLflow. Python 3.11 to 3.13. Where a machine has no network, carry wheels of pydantic,
+pydantic_core, annotated_types, typing_inspection and ruamel.yaml.
 
-Traps: JAX takes 3/4 of the memory unless XLA_PYTHON_CLIENT_PREALLOCATE=false, and rounds float32 products to TF32 unless told
-otherwise (jax_default_matmul_precision), which is why it is timed both ways. A Triton kernel is compiled on its first call, with a C
-compiler. Timings are medians over repeats in one process; of two cards, or of two days, they can't be compared.
+Traps: JAX takes 3/4 of the memory unless XLA_PYTHON_CLIENT_PREALLOCATE=false, and rounds float32
+products to TF32 unless told otherwise (jax_default_matmul_precision), which is why it is timed both
+ways. A Triton kernel is compiled on its first call, with a C compiler. Timings are medians over
+repeats in one process; of two cards, or of two days, they can't be compared.
 """
 
 import argparse
@@ -193,7 +197,7 @@ def check() -> None:
 
 
 def steps() -> None:
-    """A step captured, by fused kernels and by PyTorch's operations, and launched one by one; beside the sum of its kernels' times."""
+    """A step by fused kernels and by PyTorch's operations, captured and launched one by one."""
     dataset = load()
     for count, precision in ((1, "float32"), (1, "tf32"), (64, "float32"), (64, "tf32")):
         name = f"{count} model{'s' if count > 1 else ''}, {precision}"
@@ -254,7 +258,7 @@ def time_captured(name: str, trainer: Any) -> None:
 
 
 def train_whole(count: int, dataset: Any) -> tuple[float, float]:
-    """Train all 20 epochs with every model's evaluations; seconds, and the first model's accuracy."""
+    """Train 20 epochs with every model's evaluations; seconds, the first model's accuracy."""
     import torch
 
     from fmnist import spec as specs
@@ -439,7 +443,7 @@ def jax() -> None:
 
 
 def module() -> None:
-    """A PyTorch module's step (autograd, fused SGD, metrics as tensors) captured in a CUDA graph."""
+    """A PyTorch module's step (autograd, fused SGD, metrics kept) captured in a CUDA graph."""
     import torch
     from torch import nn
     from torch.nn import functional
@@ -483,7 +487,7 @@ def module() -> None:
 
 
 def notebook() -> None:
-    """The notebook's loop with its tensors moved to the device: ToTensor per image, DataLoader, scikit-learn and .item() each step."""
+    """The notebook's loop with its tensors moved to the device."""
     import torch
     from sklearn.metrics import accuracy_score
     from torch import nn

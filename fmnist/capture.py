@@ -1,7 +1,8 @@
 """Training steps in chunks over static memory: each chunk is recorded once, then replayed.
 
-On a CUDA device a recording is a CUDA graph. Operations of a model this small end sooner than the host can launch the next one;
-a graph launches a hundred steps at once. All that differs from chunk to chunk is copied into tensors that stay where they are.
+On a CUDA device a recording is a CUDA graph. Operations of a model this small end sooner than the
+host can launch the next one; a graph launches a hundred steps at once. All that differs from chunk
+to chunk is copied into tensors that stay where they are.
 
 Shapes: S steps, K models, B batch, C = 10 classes, N numbers that an update needs.
 """
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 LENGTHS = (100, 50, 20, 10, 5, 2, 1)
-"""Steps that a recording may have. Segments are divided into these, so that seven recordings do for all of them."""
+"""Steps that a recording may have: seven recordings do for segments of any length."""
 MOST_IMAGES = 4_000_000
 """Images, at most, in the chunks' static memory: 0.4 GB of targets, logits and rows."""
 
@@ -27,7 +28,7 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 Replay = Callable[[], None]
 Recorder = Callable[[Callable[[], None]], Replay]
-"""Records the operations of a function, which it calls, and returns what does them again on the same memory."""
+"""Records the operations of a function, which it calls; returns what does them again."""
 
 
 class CaptureError(RuntimeError):
@@ -64,7 +65,7 @@ class Chunk(NamedTuple):
 
 
 def divide(sizes: Sequence[int], longest: int = LENGTHS[0]) -> Iterator[Chunk]:
-    """Divide steps, given the size of each one's batch, into chunks of the LENGTHS up to `longest`."""
+    """Divide steps, given their batches' sizes, into chunks of the LENGTHS up to `longest`."""
     start = 0
     while start < len(sizes):
         alike = 1
@@ -78,7 +79,8 @@ def divide(sizes: Sequence[int], longest: int = LENGTHS[0]) -> Iterator[Chunk]:
 class Chunks:
     """Does steps by replaying recordings of chunks of them.
 
-    `state` are the tensors that a step changes. They are put back after each recording, which may do its steps for real.
+    `state` are the tensors that a step changes. They are put back after each recording, which may
+    do its steps for real.
     """
 
     def __init__(self, record: Recorder, state: Sequence[Tensor]) -> None:
@@ -88,7 +90,7 @@ class Chunks:
         self._static: Steps | None = None
 
     def run(self, run: Run, steps: Steps, sizes: Sequence[int]) -> None:
-        """Do these steps. Raises CaptureError before the first where one of them can't be recorded."""
+        """Do these steps. Raises CaptureError before the first if one can't be recorded."""
         static = self._static or self._allocate(steps)
         chunks = list(divide(sizes, len(static.rows)))
         for chunk in chunks:
@@ -124,7 +126,7 @@ class Chunks:
 
 
 class CudaGraphs:
-    """A Recorder of CUDA graphs, which share one pool of memory: they are replayed one after the other."""
+    """A Recorder of CUDA graphs, which share one pool of memory as they never run at once."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -133,12 +135,13 @@ class CudaGraphs:
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            work()  # libraries allocate their work space in their first call, which can't be captured
+            # libraries allocate their work space in their first call, which can't be captured
+            work()
         current.wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
-            # not torch.cuda.graph, which collects garbage first: a tenth of a second for each recording
+            # not torch.cuda.graph, which collects garbage first for a tenth of a second
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
                 work()

@@ -1,7 +1,9 @@
-"""The device that runs are trained on: chosen, checked against the CPU, and given up where the two disagree.
+"""The device that runs are trained on: chosen, checked against the CPU, and given up where the two
+disagree.
 
-`compute.device: auto` takes a CUDA device. Whoever has one must not get other numbers from it, or a traceback where it can't
-compute: before a process first trains on a device, a few steps of the very spec are done there and on the CPU, and compared.
+`compute.device: auto` takes a CUDA device. Whoever has one must not get other numbers from it, or a
+traceback where it can't compute: before a process first trains on a device, a few steps of the very
+spec are done there and on the CPU, and compared.
 """
 
 import contextlib
@@ -22,18 +24,19 @@ from fmnist.errors import DeviceError
 LOGITS = {"float32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
 """Of each precision: the largest |device - CPU| / |CPU| (2-norms) of logits.
 
-Sums of 784 products in another order differ by some 1e-6; TF32 products, of 11 bits, by some 1e-3; bf16 ones, of 8 bits, by some 1e-2.
+Sums of 784 products in another order differ by some 1e-6; TF32 products, of 11 bits, by some 1e-3;
+bf16 ones, of 8 bits, by some 1e-2.
 """
 GRADIENTS = {"float32": 1e-4, "tf32": 0.2, "bf16": 0.2}
-"""The same of gradients, which jump where a rounding puts a unit on the other side of its activation's edge."""
+"""The same of gradients, which jump where rounding puts a unit across its activation's edge."""
 UPDATES = 1e-3
-"""The same of what an update changes, given the same gradients: updates are float32 in every precision."""
+"""The same of what an update changes, given the same gradients: all updates are float32."""
 ROUNDING = 2.0**-22
 """What the rounding of a sum may add to that, as a share of the sum."""
 TRIES = 3
 """How many epochs' batches may be tried until one has no unit at the edge of its activation."""
 MEMBERS = 8
-"""Of a stack, how many models are checked: they share its kernels, and the CPU takes its time for each."""
+"""Models of a stack that are checked: all share its kernels, and each takes the CPU time."""
 EVALUATED = 1_000
 DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -56,14 +59,15 @@ class WrongGradients(Disagreement):
 
 
 _passed: dict[tuple[torch.device, str, int], str] = {}
-"""What was found of a device, kind of model and number of models: each is checked once in a process."""
+"""What was found of a device, kind of model and number of models, for this process."""
 
 
 def choose(wanted: list[specs.ExperimentSpec], root: Path, say: Callable[[str], None]) -> Place:
-    """Load the data onto the device that specs of one shape ask for, once it is shown to compute what the CPU does.
+    """Load the data onto the device that specs of one shape ask for, once it is shown to compute
+    what the CPU does.
 
-    `auto` falls back to the CPU, and says why. Raises SpecError where there is no such device, DataError where there is no data,
-    DeviceError where the device that was named fails.
+    `auto` falls back to the CPU, and says why. Raises SpecError where there is no such device,
+    DataError where there is no data, DeviceError where the device that was named fails.
     """
     first = wanted[0]
     device = engines.device(first.compute, first.train.precision)
@@ -87,7 +91,8 @@ def choose(wanted: list[specs.ExperimentSpec], root: Path, say: Callable[[str], 
         )
     name = _name(device)
     say(
-        f"{name} is not used: {reason}; training on the CPU (compute.device: cpu says so from the start)"
+        f"{name} is not used: {reason};"
+        " training on the CPU (compute.device: cpu says so from the start)"
     )
     on_cpu = first.compute.model_copy(update={"device": "cpu"})
     device = engines.device(on_cpu, first.train.precision)
@@ -149,10 +154,12 @@ def on_host(dataset: data.Dataset) -> data.Dataset:
 
 
 def check(trained: engines.Engine, reference: engines.Engine) -> str:
-    """Compare an engine on a device with one of the same specs on the CPU, and captured steps with single ones; what was found.
+    """Compare an engine on a device with one of the same specs on the CPU, and captured steps with
+    single ones; what was found.
 
-    Compared are the first batch of an epoch and the last, a short one, from the same state: logits, gradients, and what an update
-    with these gradients makes of parameters and buffers; and an evaluation. Raises Disagreement, and whatever the device raises.
+    Compared are the first batch of an epoch and the last, a short one, from the same state: logits,
+    gradients, and what an update with these gradients makes of parameters and buffers; and an
+    evaluation. Raises Disagreement, and whatever the device raises.
     """
     per_epoch = trained.specs[0].steps_per_epoch
     largest = max(_compare_batch(trained, reference, step) for step in sorted({1, per_epoch}))
@@ -167,7 +174,7 @@ def check(trained: engines.Engine, reference: engines.Engine) -> str:
 
 
 def _compare_batch(trained: engines.Engine, reference: engines.Engine, step: int) -> float:
-    """The largest error of a step, or of the same step of a later epoch where only its gradients differ."""
+    """The largest error of a step, or of a later epoch's where only the gradients differ."""
     spec = trained.specs[0]
     epochs = range(min(TRIES, spec.train.epochs))
     for epoch in epochs:
@@ -233,7 +240,7 @@ def _first(split: data.Split) -> data.Split:
 
 
 def _compare_captured(trained: engines.Engine) -> bool:
-    """Whether steps can be captured; raises Disagreement where these are not, bit for bit, the single ones."""
+    """Tell whether steps can be captured; raise Disagreement if that changes a bit."""
     if not trained.captured:
         return False
     with trained.undone():
@@ -249,7 +256,7 @@ def _compare_captured(trained: engines.Engine) -> bool:
 
 
 def _few_steps(trained: engines.Engine) -> list[Tensor]:
-    """Train the first three steps and the last of an epoch; all that they leave, and their losses."""
+    """Train an epoch's first three steps and its last; all that they leave, and their losses."""
     last = trained.specs[0].steps_per_epoch
     losses = []
     for start, stop in ((0, min(3, last)), (last - 1, last)):
@@ -265,7 +272,7 @@ def _require(
     allowed: float,
     error: type[Disagreement] = Disagreement,
 ) -> float:
-    """The relative error of a tensor; raises `error` where that is more than allowed, or no number."""
+    """The relative error of a tensor; raises `error` if it is more than allowed, or NaN."""
     size = _norm(wanted)
     off = _norm(found.double() - wanted.double()) / (size or 1.0)
     if not off <= allowed:

@@ -27,13 +27,16 @@ log = logging.getLogger(__name__)
 EVALUATION_BATCH = 1_000
 """Images that a CPU evaluates at once: their layers stay in its cache."""
 PIECE = 80_000
-"""Parameters, at most, of the first layer that a CPU updates at once: 0.6 MB with their velocity, which its cache holds (benchmarks/step.py)."""
+"""Parameters, at most, of the first layer that a CPU updates at once.
+
+With their velocity they take 0.6 MB, which its cache holds (benchmarks/step.py).
+"""
 CUDA_STACK = 64
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What a segment's steps measured, each [S]: the batch before its update, and the learning rate of that update."""
+    """A segment's measurements, each [S]: of the batch before its update, and the update's rate."""
 
     loss: np.ndarray
     accuracy: np.ndarray
@@ -50,14 +53,14 @@ class Evaluation:
 
 
 def device(compute: specs.Compute, precision: str = "float32") -> torch.device:
-    """The device a spec asks for, with the thread count set; raises SpecError where there is none that can do it."""
+    """The device a spec asks for, with the thread count set; raises SpecError if there is none."""
     torch.set_num_threads(compute.threads)
     if compute.device != "cpu" and torch.cuda.is_available():
         return _cuda_device(compute.device)
     if compute.device not in ("cpu", "auto"):
         raise SpecError(
-            f"compute.device: {compute.device} was asked for and this machine has no usable CUDA device"
-            f" ({why_no_cuda()}); give cpu or auto"
+            f"compute.device: {compute.device} was asked for and this machine has no usable CUDA"
+            f" device ({why_no_cuda()}); give cpu or auto"
         )
     if precision == "tf32":
         raise SpecError(
@@ -68,14 +71,14 @@ def device(compute: specs.Compute, precision: str = "float32") -> torch.device:
 
 
 def _cuda_device(asked: str) -> torch.device:
-    """A CUDA device, of which the same operations give the same bits each time; `auto` is the process's current one."""
+    """A CUDA device whose operations give the same bits each time; `auto`: the current one."""
     device = torch.device("cuda" if asked == "auto" else asked)
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
         raise SpecError(
             f"compute.device: given {asked}; this machine has cuda:0 to cuda:{count - 1}"
         )
-    # read when cuBLAS starts: with a work space of its own for each stream its sums keep their order
+    # read when cuBLAS starts: with a work space for each stream its sums keep their order
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # else a kernel fills each new tensor
@@ -84,7 +87,7 @@ def _cuda_device(asked: str) -> torch.device:
 
 
 def take_turn(worker: int) -> None:
-    """Let `auto` and `cuda` be one of the visible CUDA devices in this process: each worker's the next one."""
+    """Let `auto` and `cuda` be the next visible CUDA device in each next worker's process."""
     if torch.cuda.is_available():
         torch.cuda.set_device(worker % torch.cuda.device_count())
 
@@ -99,24 +102,27 @@ def why_no_cuda() -> str:
 
 
 def stack_size(compute: specs.Compute, device: torch.device) -> int:
-    """How many runs to train in the same steps; on the CPU one, where the recipe's model loses by more (benchmarks/stacks.py)."""
+    """How many runs to train in the same steps; one on the CPU, see benchmarks/stacks.py."""
     if isinstance(compute.stack, int):
         return compute.stack
     return CUDA_STACK if compute.stack == "auto" and device.type == "cuda" else 1
 
 
 class Engine:
-    """Trains K models of one shape in the same steps on a dataset; {step, parameters, buffers} is the whole state of each.
+    """Trains K models of one shape in the same steps on a dataset; {step, parameters, buffers} is
+    the whole state of each.
 
-    Model k is what an engine of its spec alone would train, but for the rounding of sums: no operation mixes two of them,
-    so that one that diverges leaves the others alone. Raises ValueError where the specs differ in shape.
+    Model k is what an engine of its spec alone would train, but for the rounding of sums: no
+    operation mixes two of them, so that one that diverges leaves the others alone. Raises
+    ValueError where the specs differ in shape.
     """
 
     def __init__(self, members: Sequence[specs.ExperimentSpec], dataset: data.Dataset) -> None:
         self.specs, self.dataset, self.step = tuple(members), dataset, 0
         if len({spec.shape for spec in members}) != 1:
             raise ValueError(
-                "these specs can't be trained in the same steps: they differ in more than seeds, rates and decays"
+                "these specs can't be trained in the same steps:"
+                " they differ in more than seeds, rates and decays"
             )
         device = dataset.train.images.device
         self.modules = [model.build(spec.model, spec.train.seed) for spec in members]
@@ -157,7 +163,7 @@ class Engine:
             self.replay_steps(CudaGraphs())
 
     def fuse_steps(self, wanted: bool = True) -> None:
-        """Do steps by kernels made for this kind of model from here on, where there are any and they compile."""
+        """Do steps by kernels made for such models from here on, if there are any that compile."""
         spec = self.specs[0]
         self._fused = {}
         if not (wanted and self.explicit):
@@ -200,7 +206,7 @@ class Engine:
         return bool(self._fused)
 
     def replay_steps(self, recorder: Recorder | None) -> None:
-        """Train by replaying chunks of steps, recorded by this; None: by one step after the other."""
+        """Train by replaying chunks of steps, recorded by this; None: step by step."""
         self._chunks = None if recorder is None else Chunks(recorder, self.changing)
 
     @property
@@ -209,7 +215,7 @@ class Engine:
         return self._chunks is not None
 
     def train(self, stop: int) -> list[Curves]:
-        """Do the updates self.step + 1 to `stop`, at least one; nothing reaches the host before the last of them."""
+        """Do the updates self.step + 1 to `stop`; nothing reaches the host before the last."""
         first = self.step + 1
         rates = self._learning_rates(first, stop)
         steps, labels, sizes = self._gather(first, stop, rates)
@@ -223,7 +229,7 @@ class Engine:
         return [Curves(loss[:, k], accuracy[:, k], rates[:, k]) for k in range(len(self.specs))]
 
     def gradients(self, step: int) -> tuple[Tensor, Tensor]:
-        """Compute the gradients of one step's batch, into update.gradients, and no update; returns its logits and targets [K, B, C]."""
+        """Compute a step's gradients, and no update; returns its logits and targets [K, B, C]."""
         steps, _, [size] = self._gather(step, step, self._learning_rates(step, step))
         rows, targets, logits = _shortened(steps.rows[0], steps.targets[0], steps.logits[0], size)
         with self._arithmetic(), torch.inference_mode(self.explicit):
@@ -249,7 +255,7 @@ class Engine:
         return np.stack([optim.learning_rates(spec, steps) for spec in self.specs], axis=1)
 
     def _gather(self, first: int, stop: int, rates: np.ndarray) -> tuple[Steps, Tensor, list[int]]:
-        """What these updates need; their labels [S, K, B]; and how many images each has, the rest being padding."""
+        """What these updates need, their labels [S, K, B], and how many images each has."""
         rows, sizes = self._batches(first, stop)
         labels = self.dataset.train.labels[rows]
         logits = self.parameters.new_zeros(*rows.shape, specs.CLASSES)
@@ -275,7 +281,7 @@ class Engine:
         if self._fused:
             self._fused_loop(steps, sizes)
             return
-        # flat and cut up before: what is done for each step again costs as much as a small operation
+        # flat and cut up before: to do that in each step costs as much as a small operation
         rows, tensors = steps.rows.flatten(1), (steps.targets.unbind(), steps.logits.unbind())
         numbers = [coefficients.unbind() for coefficients in steps.coefficients.unbind()]
         for row, targets, logits, size, number in zip(
@@ -304,7 +310,7 @@ class Engine:
     def _differentiate(
         self, rows: Tensor, targets: Tensor, logits: Tensor, size: int
     ) -> Iterator[int]:
-        """Compute the gradients of the images `rows` [K * B]; yields each block of the update as it is done."""
+        """Compute the gradients of the images `rows` [K * B]; yields each block that is done."""
         torch.index_select(self.dataset.train.images, 0, rows, out=self.inputs[size])
         return self.passes[size](targets, logits)
 
@@ -366,9 +372,11 @@ class Engine:
 
     @contextlib.contextmanager
     def _arithmetic(self) -> Iterator[None]:
-        """Round float32 matrix products on a CUDA device to TF32 where the spec says so, and only there; take numbers below 1e-38 as zero.
+        """Round float32 matrix products on a CUDA device to TF32 where the spec says so, and only
+        there; take numbers below 1e-38 as zero.
 
-        The velocities of dead units decay to such numbers, with which a processor takes up to 7 times as long.
+        The velocities of dead units decay to such numbers, with which a processor takes up to 7
+        times as long.
         """
         convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
         kinds = (torch.backends.cuda.matmul, convolutions)
@@ -384,7 +392,7 @@ class Engine:
             torch.set_flush_denormal(False)  # it holds for all that this process computes
 
     def _batches(self, first: int, stop: int) -> tuple[Tensor, list[int]]:
-        """The training images [S, K, B] of these updates, and how many each has; a short batch is padded with image 0."""
+        """The images [S, K, B] of these updates, short batches padded with 0, and their sizes."""
         per_epoch, found, sizes = self.specs[0].steps_per_epoch, [], []
         images = len(self.dataset.train)
         for epoch in range((first - 1) // per_epoch, (stop - 1) // per_epoch + 1):
@@ -397,7 +405,7 @@ class Engine:
         return torch.cat(found), sizes
 
     def _epoch_batches(self, epoch: int) -> Tensor:
-        """[steps per epoch, K, B]: each model's own order, copied to the device an epoch at a time."""
+        """[steps per epoch, K, B]: each model's order, copied to the device by the epoch."""
         if epoch not in self._orders:
             images = len(self.dataset.train)
             order = torch.stack([data.order(images, spec.train.seed, epoch) for spec in self.specs])
@@ -425,7 +433,10 @@ class Engine:
 
 
 class AutogradGradient:
-    """The same contract as MLPGradient, for any nn.Modules whose parameters' .grad are views of the update's; one after the other."""
+    """MLPGradient's contract for any nn.Modules, one after the other.
+
+    Their parameters' .grad are views of the update's gradients.
+    """
 
     def __init__(
         self,
@@ -450,7 +461,7 @@ class AutogradGradient:
 
 
 def _autocast(precision: str, device: torch.device) -> torch.autocast:
-    """bf16: matrix products of bfloat16 factors; weights, sums and updates stay float32 (torch.autocast)."""
+    """bf16: products of bfloat16 factors; weights, sums and updates stay float32."""
     return torch.autocast(
         device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
     )
@@ -464,7 +475,7 @@ def _shortened(
 
 
 def _padded(rows: Tensor) -> Tensor:
-    """The same rows, on a CUDA device so far apart that each begins at a multiple of 64 bytes, which is read fastest."""
+    """The same rows, on a CUDA device each at a multiple of 64 bytes, which is read fastest."""
     if not rows.is_cuda:
         return rows
     models, count = rows.shape
@@ -473,7 +484,7 @@ def _padded(rows: Tensor) -> Tensor:
 
 
 def _block_widths(module: nn.Module, device: torch.device) -> list[int]:
-    """The columns of the parameters that are updated together: pieces of the first layer, the last with all that follows."""
+    """How many parameters are updated at once: pieces of the first layer; the last and the rest."""
     sizes = [parameter.numel() for parameter in module.parameters()]
     first = next(module.parameters())
     count = 1 if device.type == "cuda" else -(-first.numel() // PIECE)
@@ -488,7 +499,7 @@ def _views(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
 
 
 def _evaluations(logits: Tensor, labels: Tensor) -> list[Evaluation]:
-    """What the logits [K, N, C] of K models over a split are worth, with one copy to the host for all."""
+    """Evaluations of the logits [K, N, C] of K models, with one copy to the host for all."""
     losses = torch.stack([functional.cross_entropy(of_one.double(), labels) for of_one in logits])
     right = (logits.argmax(2) == labels).sum(1)
     numbers = torch.stack([losses, right.double()]).tolist()
@@ -500,7 +511,7 @@ def _evaluations(logits: Tensor, labels: Tensor) -> list[Evaluation]:
 
 
 def _measure(logits: Tensor, labels: Tensor, sizes: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """[S, K] losses and accuracies from the stored logits [S, K, B, C]; images past a step's size are padding and count for nothing."""
+    """[S, K] losses and accuracies from the logits [S, K, B, C]; padding counts for nothing."""
     count = upload(torch.tensor(sizes), logits.device)[:, None]
     real = (torch.arange(logits.shape[2], device=logits.device) < count)[:, None]
     losses = functional.cross_entropy(

@@ -1,8 +1,10 @@
-"""A model that torch.export wrote, read as data: its weights as bytes, its graph as a list of operations on tensors.
+"""A model that torch.export wrote, read as data: its weights as bytes, its graph as a list of
+operations on tensors.
 
-torch.export.load does what a file says: it unpickles, it looks operators up by any name in torch, it evaluates the text of
-sizes and of guards as Python. Here nothing is unpickled or evaluated, and only operations of `torch.ops.aten` are called that
-change nothing. What our own export does not write is refused, as others may load the file with torch.
+torch.export.load does what a file says: it unpickles, it looks operators up by any name in torch,
+it evaluates the text of sizes and of guards as Python. Here nothing is unpickled or evaluated, and
+only operations of `torch.ops.aten` are called that change nothing. What our own export does not
+write is refused, as others may load the file with torch.
 """
 
 import io
@@ -53,11 +55,11 @@ ASSERTIONS = {
 """Operations that give nothing; they are left out."""
 SIZE = re.compile(r"[\w(), '=-]*")
 FUNCTIONS = {"Symbol", "Integer", "Add", "Mul", "Pow", "FloorDiv", "Mod", "Min", "Max"}
-"""What the text of a size is made of, as Mul(Integer(2), Symbol('s0', integer=True)); torch.export.load evaluates it."""
+"""What the text of a size is made of; torch.export.load evaluates it."""
 
 
 class Program:
-    """An exported program: called with raw images, uint8 [B, 28, 28], it gives probabilities, float32 [B, 10]."""
+    """An exported program: raw images, uint8 [B, 28, 28], to probabilities, float32 [B, 10]."""
 
     def __init__(self, records: Mapping[str, bytes]) -> None:
         program = json.loads(records["models/model.json"])
@@ -99,7 +101,7 @@ class Program:
 
 
 def load(data: bytes, whose: str) -> Program:
-    """Read a model.pt2; raises StoreError where it is damaged, or holds anything that our own export does not write."""
+    """Read a model.pt2; raises StoreError if it holds what our own export does not write."""
     try:
         program = Program(_records(data))
         if program(np.zeros((3, 28, 28), np.uint8)).shape != (3, 10):

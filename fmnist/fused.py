@@ -1,4 +1,5 @@
-"""Steps of MLPs on a CUDA device by the Triton kernels of kernels.py: the same arithmetic as model.MLPGradient and optim.Update.
+"""Steps of MLPs on a CUDA device by the Triton kernels of kernels.py: the same arithmetic as
+model.MLPGradient and optim.Update.
 
 Shapes: K models, B batch, D inputs and H outputs of a layer, C = 10 classes.
 """
@@ -14,10 +15,10 @@ from fmnist import kernels
 from fmnist import spec as specs
 
 FEW = 4
-"""Models, at most, whose tiles are small, so that there are enough of them for the device's processors (measured for 1 and 64)."""
+"""Models, at most, whose tiles are small, so that there are enough to occupy the device."""
 MOST_BATCH = 128
 MOST_UNITS = 40_000
-"""Outputs of the widest hidden layer for a whole batch. Far beyond, at 131,072, the library's products win, made for large matrices."""
+"""Outputs of the widest hidden layer for a batch. At 131,072 the library's products win."""
 
 
 def fits(spec: specs.MLP, batch_size: int) -> bool:
@@ -49,8 +50,9 @@ class Layer(NamedTuple):
 class FusedMLP:
     """The gradient and the update of K models for one batch size, on memory allocated once.
 
-    `parameters` and `gradients` are as MLPGradient's, the models `stride` numbers apart; `carry` is optim.Update's. Products of
-    float32 are made of three TF32 ones each where that is faster, which errs no more than float32 sums do (3e-7 beside 5e-7).
+    `parameters` and `gradients` are as MLPGradient's, the models `stride` numbers apart; `carry` is
+    optim.Update's. Products of float32 are made of three TF32 ones each where that is faster, which
+    errs no more than float32 sums do (3e-7 beside 5e-7).
     """
 
     def __init__(
@@ -81,7 +83,8 @@ class FusedMLP:
             x, inputs = torch.empty_like(error), outputs
 
     def gradients(self, rows: Tensor, targets: Tensor, logits: Tensor) -> Iterator[int]:
-        """Write the logits [K, B, C] and add the gradients of the images `rows` [K, B], given one-hot targets [K, B, C].
+        """Write the logits [K, B, C] and add the gradients of the images `rows` [K, B], given
+        one-hot targets [K, B, C].
 
         Yields the only block of the update once it is done, as MLPGradient does each of its own.
         """
@@ -91,7 +94,7 @@ class FusedMLP:
         yield 0
 
     def step(self, rows: Tensor, targets: Tensor, logits: Tensor, rates: Tensor) -> None:
-        """Write the logits, and update the parameters by plain SGD with the learning rates [K, 1]."""
+        """Write the logits, and update the parameters by plain SGD at the rates [K, 1]."""
         self._errors(rows, targets, logits)
         for number in range(len(self.layers) - 1, -1, -1):
             self._gradient(number, rows, rates, keeps=self.carry != 0)
@@ -115,7 +118,8 @@ class FusedMLP:
         layer, below = self.layers[number], self.layers[number + 1]
         tensors = (layer.x, rows, rows.stride(0), layer.weight, layer.bias, below.x)
         given: dict[str, Any] = {
-            "batch": self.batch, "stride": self.stride, "inputs": layer.inputs, "outputs": layer.outputs,
+            "batch": self.batch, "stride": self.stride,
+            "inputs": layer.inputs, "outputs": layer.outputs,
             "gathered": number == 0, "activation": self.activation,
         }  # fmt: skip
         if self._few and self.product != "tf32":
@@ -163,7 +167,7 @@ class FusedMLP:
 
 
 def failure(made: Iterable[FusedMLP]) -> str | None:
-    """Compile kernels, in a step each on a batch of zeros; returns what keeps them from working, in one line."""
+    """Compile kernels in a step on zeros; returns a line on what keeps them from working."""
     for step in made:
         like = step.layers[0].weight
         rows = torch.zeros(step.models, step.batch, dtype=torch.int64, device=like.device)

@@ -1,4 +1,5 @@
-"""What stands before MLflow's pages: a key for each start, this machine's addresses only, and no writing call that the pages don't need.
+"""What stands before MLflow's pages: a key for each start, this machine's addresses only, and no
+writing call that the pages don't need.
 
 Any account of a machine can connect to 127.0.0.1, and MLflow itself asks nobody who they are.
 """
@@ -26,7 +27,10 @@ CALLS = re.compile(
     r"|/ajax-api/2\.0/mlflow/(registered-models|model-versions)/(update|delete)"
     r"|/ajax-api/2\.0/mlflow/logged-models/[\w-]+"
 )
-"""What the pages send besides GET: questions; and deleting, renaming and describing. Runs and models are made by commands only."""
+"""What the pages send besides GET: questions; and deleting, renaming and describing.
+
+Runs and models are made by commands only.
+"""
 
 
 def addresses(port: int) -> list[str]:
@@ -36,7 +40,10 @@ def addresses(port: int) -> list[str]:
 
 
 class Guard:
-    """An ASGI application in front of another: who opens `/?key=...` gets the key as a cookie, and without it nothing is answered."""
+    """An ASGI application in front of another, which answers nothing without a key.
+
+    Who opens `/?key=...` gets the key as a cookie.
+    """
 
     def __init__(self, app: ASGIApp, port: int) -> None:
         self.app, self.key = app, secrets.token_urlsafe(24)

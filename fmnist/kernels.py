@@ -1,11 +1,13 @@
 """The MLP's step in a few Triton kernels, for CUDA devices.
 
-Layers this small take a device less time than it takes from one kernel to the next, so what counts is how many there are: one for
-each layer's outputs, one for the error in them, and one for its gradient with the update. The batch is gathered where it is read.
-In stacks, which are bound by memory, parameters and velocities are read and written once a step.
+Layers this small take a device less time than it takes from one kernel to the next, so what counts
+is how many there are: one for each layer's outputs, one for the error in them, and one for its
+gradient with the update. The batch is gathered where it is read. In stacks, which are bound by
+memory, parameters and velocities are read and written once a step.
 
-Shapes: K models, B batch, D inputs and H outputs of a layer, C = 10 classes. `stride` is the distance from one model's parameters
-to the next's; all other tensors are contiguous. Sides of tiles are powers of two, 16 at least.
+Shapes: K models, B batch, D inputs and H outputs of a layer, C = 10 classes. `stride` is the
+distance from one model's parameters to the next's; all other tensors are contiguous. Sides of tiles
+are powers of two, 16 at least.
 """
 
 import triton
@@ -36,7 +38,7 @@ def slope(y, activation: tl.constexpr):
 
 @triton.jit
 def places(rows, rows_stride, k, b, batch, gathered: tl.constexpr):
-    """Where the images of a batch lie: as `rows` has it, or the layer's own inputs one after the other."""
+    """Where a batch's inputs lie: as `rows` has it, or one after the other."""
     if gathered:
         return tl.load(rows + k * rows_stride + b, mask=b < batch, other=0)
     return k * batch + b
@@ -84,7 +86,7 @@ def forward_sum(
     activation: tl.constexpr,
     TILE_B: tl.constexpr, TILE_H: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
-    """As `forward`, for few models: its small tiles, summed at the end, keep more of the device busy than products of tiles can."""
+    """As `forward`, for few models: small tiles, summed at the end, occupy more of the device."""
     k = tl.program_id(2).to(tl.int64)
     b = tl.program_id(1) * TILE_B + tl.arange(0, TILE_B)
     h = tl.program_id(0) * TILE_H + tl.arange(0, TILE_H)
@@ -115,13 +117,14 @@ def forward_sum(
 
 @triton.jit
 def output(
-    x, rows, rows_stride, weight, bias, targets, targets_stride, logits, logits_stride, error, below,
+    x, rows, rows_stride, weight, bias,
+    targets, targets_stride, logits, logits_stride, error, below,
     batch, stride,
     inputs: tl.constexpr, gathered: tl.constexpr,
     activation: tl.constexpr, precision: tl.constexpr,
     TILE_B: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
-    """The last layer: logits [K, B, C], error = softmax(logits) - targets, and the error `below` [K, B, D] in a hidden layer's outputs x."""
+    """The last layer: logits [K, B, C], error = softmax(logits) - targets, and the error below."""
     k = tl.program_id(1).to(tl.int64)
     b = tl.program_id(0) * TILE_B + tl.arange(0, TILE_B)
     c = tl.arange(0, CLASS_TILE)
@@ -173,7 +176,7 @@ def backward(
     activation: tl.constexpr, precision: tl.constexpr,
     TILE_B: tl.constexpr, TILE_H: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
-    """below [K, B, D] = (error [K, B, H] weight [K, H, D]) * slope(y [K, B, D]): the error in what a layer takes."""
+    """below [K, B, D] = (error [K, B, H] weight [K, H, D]) * slope(y [K, B, D])."""
     k = tl.program_id(2).to(tl.int64)
     b = tl.program_id(1) * TILE_B + tl.arange(0, TILE_B)
     d = tl.program_id(0) * TILE_D + tl.arange(0, TILE_D)
@@ -203,7 +206,7 @@ def finish(
     parameters, gradients, at, inside, total, carry, alpha, rate,
     carries: tl.constexpr, keeps: tl.constexpr, updates: tl.constexpr,
 ):  # fmt: skip
-    """Gradients become `carry` times themselves and `alpha` times `total`; parameters, less `rate` times that."""
+    """gradients = carry * gradients + alpha * total; parameters -= rate * gradients."""
     total *= alpha
     if carries:
         total += carry * tl.load(gradients + at, mask=inside, other=0.0)
@@ -222,7 +225,7 @@ def gradient(
     carries: tl.constexpr, keeps: tl.constexpr, updates: tl.constexpr, precision: tl.constexpr,
     TILE_B: tl.constexpr, TILE_H: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
-    """A layer's gradient: error [K, B, H]' x [K, B, D], and the error's sum over the batch for the bias; and its update."""
+    """A layer's gradient, error [K, B, H]' x [K, B, D] and the error's sum; and its update."""
     k = tl.program_id(2).to(tl.int64)
     d = tl.program_id(0) * TILE_D + tl.arange(0, TILE_D)
     h = tl.program_id(1) * TILE_H + tl.arange(0, TILE_H)
