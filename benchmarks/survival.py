@@ -320,7 +320,9 @@ def is_kept(home: Path, name: str, points: set[tuple[str, int, float]]) -> bool:
 def copy_of(home: Home) -> Home:
     """A copy of the home as it is, to be removed by who asked for it."""
     into = home.folder.with_name(f"{home.folder.name}-copy")
-    shutil.copytree(home.folder, into, symlinks=True)
+    # by another process: to close a file that was read here drops SQLite's locks on it, and with
+    # them what keeps others from removing the log that this process's connections still read
+    subprocess.run(["cp", "-a", home.folder, into], check=True)
     copied = Home.__new__(Home)
     copied.folder, copied.random = into, home.random
     os.environ["FMNIST_HOME"] = str(into)
