@@ -14,6 +14,7 @@ import re
 import shutil
 import sqlite3
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -854,7 +855,10 @@ def pages(root: Path, hosts: Sequence[str]) -> Any:
 
     os.environ[constants.BACKEND_STORE_URI_ENV_VAR] = uri(root)
     os.environ[constants.ARTIFACT_ROOT_ENV_VAR] = str(root / "mlruns" / "artifacts")
-    from mlflow.server.fastapi_app import app
+    with warnings.catch_warnings():  # what MLflow is made of is not for who looks at runs
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        from mlflow.server.fastapi_app import app
 
     return app
 
