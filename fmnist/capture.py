@@ -36,7 +36,7 @@ class CaptureError(RuntimeError):
 
 
 class Steps(NamedTuple):
-    """What some steps read, and the logits that they write; entry s of each tensor is of step s."""
+    """The tensors of some steps: their inputs and their logits; entry s of each is of step s."""
 
     rows: Tensor
     """[S, K, B] int64: the images of each batch; those past a short batch's size are padding."""

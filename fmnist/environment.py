@@ -41,22 +41,7 @@ SETTINGS = (
 
 def facts(environment: Mapping[str, Any]) -> dict[str, Any]:
     """Of what `collect` found, what may matter for a result."""
-    plain = (
-        "device",
-        "cuda",
-        "triton",
-        "threads",
-        "stack",
-        "processor",
-        "instructions",
-        "settings",
-        "code",
-        "platform",
-        "python",
-        "fmnist",
-        "git_commit",
-        "data_digest",
-    )
+    plain = (*BITS, "platform", "python", "fmnist", "git_commit", "data_digest")
     packages = {
         name: environment.get("packages", {}).get(name)
         for name in ("torch", "numpy", "scikit-learn")

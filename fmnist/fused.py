@@ -27,11 +27,6 @@ def fits(spec: specs.MLP, batch_size: int) -> bool:
     return batch_size <= MOST_BATCH and batch_size * widest <= MOST_UNITS
 
 
-def version() -> str:
-    """What compiles the kernels, as part of what a run's bits depend on."""
-    return f"triton {triton.__version__}"
-
-
 class Layer(NamedTuple):
     """A linear layer of all models, its inputs, and the error in its outputs."""
 
